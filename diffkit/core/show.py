@@ -49,7 +49,11 @@ def _np(a): return a.detach().cpu().numpy() if hasattr(a, "detach") else np.asar
 
 
 def _finish(ax, xlabel, ylabel, title, log, legend):
-    if "x" in log: ax.set_xscale("log")
+    if "x" in log:
+        from matplotlib.ticker import NullFormatter, ScalarFormatter
+        ax.set_xscale("log")
+        xs = sorted({float(v) for line in ax.lines for v in line.get_xdata()})
+        if 0 < len(xs) <= 8 and xs[0] >= 1: ax.set_xticks(xs); ax.xaxis.set_major_formatter(ScalarFormatter()); ax.xaxis.set_minor_formatter(NullFormatter())
     if "y" in log: ax.set_yscale("log")
     if xlabel: ax.set_xlabel(xlabel)
     if ylabel: ax.set_ylabel(ylabel)
@@ -85,18 +89,12 @@ def pareto(ax,  # axes to draw on
            *, xlabel: str = "network evaluations", ylabel: str = "error", title: str = "", log: str = "xy", legend: bool | str = True,
           ):
     "Error over cost, one line a method; lower left is better."
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
     for k, (name, (cost, err)) in enumerate(series.items()):
         cost, err, c = _np(cost), _np(err), colors[k % len(colors)]
         mean = err.mean(0) if err.ndim == 2 else err
         ax.plot(cost, mean, color=c, marker=markers[k % len(markers)], ms=4.5, label=name, ls="-" if k < len(colors) else "--")
         if err.ndim == 2 and len(err) > 1: ax.fill_between(cost, np.maximum(mean - err.std(0, ddof=1), mean / 10), mean + err.std(0, ddof=1), color=c, alpha=.2, lw=0)
-    _finish(ax, xlabel, ylabel, title, log, legend)
-    if "x" in log:
-        ticks = sorted({int(v) for cost, _ in series.values() for v in _np(cost)})
-        if len(ticks) <= 8: ax.set_xticks(ticks)
-        ax.xaxis.set_major_formatter(ScalarFormatter()); ax.xaxis.set_minor_formatter(NullFormatter())
-    return ax
+    return _finish(ax, xlabel, ylabel, title, log, legend)
 
 
 def scatter(ax,  # axes to draw on
@@ -108,7 +106,7 @@ def scatter(ax,  # axes to draw on
     p = _np(points)
     c = color if isinstance(color, str) or color is None else [colors[int(i) % len(colors)] for i in _np(color)]
     ax.scatter(p[:, 0], p[:, 1], s=size, c=c, alpha=alpha, lw=0, label=label, marker=marker)
-    ax.set_aspect("equal"); ax.set_xticks([]); ax.set_yticks([])
+    ax.set_aspect("equal"); ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
     if lim: ax.set_xlim(-lim, lim); ax.set_ylim(-lim, lim)
     return _finish(ax, "", "", title, "", False)
 
@@ -120,7 +118,7 @@ def trajectories(ax,  # axes to draw on
     p = _np(paths)
     ax.plot(p[:, :, 0], p[:, :, 1], color=color, lw=.7, alpha=.6)
     if ends: scatter(ax, p[0], color=colors[5], size=8); scatter(ax, p[-1], color=colors[1], size=10, alpha=.9)
-    ax.set_aspect("equal"); ax.set_xticks([]); ax.set_yticks([])
+    ax.set_aspect("equal"); ax.set_xticks([]); ax.set_yticks([]); ax.spines[:].set_visible(False)
     if lim: ax.set_xlim(-lim, lim); ax.set_ylim(-lim, lim)
     return _finish(ax, "", "", title, "", False)
 
