@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['GaussianMixture', 'ring', 'grid25', 'test_bed', 'two_moons', 'spiral', 'checkerboard', 'swissroll', 'digits',
+__all__ = ['GaussianMixture', 'ring', 'grid25', 'four_gaussians', 'two_moons', 'spiral', 'checkerboard', 'swissroll', 'digits',
            'mnist5k', 'mnist1d', 'batches']
 
 # %% ../../nbs/core/003_data.ipynb #d566dff7
@@ -89,7 +89,7 @@ class GaussianMixture:
         a, s2 = (torch.as_tensor(v, dtype=self.means.dtype, device=y.device).reshape(-1, 1, 1) for v in (alpha, sigma))
         s2 = s2 * s2
         var = a * a * self.vars + s2  # (B or 1, K, D or 1)
-        safe = torch.where(var > 0, var, torch.ones_like(var))
+        safe = var.clamp(min=1e-30)  # zero variance at sigma = 0: the nearest component takes all
         if self.basis is None and self.vars.shape[1] == 1:  # isotropic: distances by one matrix product
             al = a[:, 0]
             d2 = (y.square().sum(1, keepdim=True) - 2 * al * (y @ self.means.T) + al * al * self.means.square().sum(1)).clamp(min=0)
@@ -184,7 +184,7 @@ def grid25(scale: float = .05,  # standard deviation of a component
     return GaussianMixture(torch.cartesian_prod(u, u), scales=scale, labels=range(25))
 
 
-def test_bed() -> GaussianMixture:
+def four_gaussians() -> GaussianMixture:
     "The lopsided mixture of four Gaussians on which the course measures its solvers."
     return GaussianMixture([[1, .3], [-.6, .9], [-.4, -1.1], [.7, -.5]], scales=.25, weights=[.4, .3, .2, .1], labels=range(4))
 
