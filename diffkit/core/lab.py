@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from html import escape
 from pathlib import Path
@@ -122,8 +123,10 @@ class Claim:
         return (f'<div class="dk-claim dk-{r["verdict"]}" style="border-left:4px solid {color};padding:.3em .8em;margin:.4em 0"><b style="color:{color}">{VERDICTS[r["verdict"]]}</b> '
                 f'{escape(r["says"])}<br><small><b>measured</b> {escape(r["measured"])}</small>{more}</div>')
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def bundle(self) -> dict:  # mime type -> data
         return {CLAIM_MIME: self.row, "text/html": self._repr_html_(), "text/plain": repr(self)}
+
+    def _ipython_display_(self): pass  # `claim` has shown it already, also where it is not a cell's last line
 
 
 def claim(says: str,  # what the paper says, in one sentence
@@ -140,7 +143,11 @@ def claim(says: str,  # what the paper says, in one sentence
     found = holds if check is None else check if isinstance(check, str) else "yes" if check else "no"
     if found not in VERDICTS: raise ValueError(f"check must be a bool or one of {', '.join(VERDICTS)}, got {check!r}")
     if scale() == "quick" and found != holds: raise AssertionError(f"the verdict changed: expected {holds!r}, measured {found!r} ({measured}) for the claim: {says}")
-    return Claim(says=says, measured=measured, holds=holds, verdict=found, paper=paper, note=note, scale=scale())
+    row = Claim(says=says, measured=measured, holds=holds, verdict=found, paper=paper, note=note, scale=scale())
+    if "IPython" in sys.modules:
+        from IPython.display import display
+        display(row.bundle(), raw=True)
+    return row
 
 # %% ../../nbs/core/009_lab.ipynb #9a7c069a
 def root() -> Path:

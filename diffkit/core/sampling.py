@@ -5,6 +5,7 @@
 # %% ../../nbs/core/002_sampling.ipynb #78b4eccf
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -86,9 +87,20 @@ class Solver:
         if g is None or g.device == x.device: return torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
         return torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
 
+    def __new__(cls, *args, **kwargs):  # remember how the solver was made: for its name, and for writing it down
+        self = super().__new__(cls)
+        try: self._init = dict(list(inspect.signature(cls.__init__).bind(self, *args, **kwargs).arguments.items())[1:])
+        except TypeError: self._init = {}  # wrong arguments: __init__ will say so better
+        return self
+
+    def config(self) -> dict:  # {"class": "module.Name", "args": {...}}, plain enough for JSON if the arguments are
+        "How this solver was made."
+        args = {k: v for k, v in self._init.items() if not (k in ("args", "kwargs") and not v)}
+        return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "args": args}
+
     def __repr__(self):
-        shown = {k: v for k, v in vars(self).items() if k in getattr(type(self).__init__, "__code__", lambda: 0).co_varnames[1:]} if "__init__" in vars(type(self)) else {}
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items() if not isinstance(v, torch.Tensor))})"
+        args = ", ".join(f"{k}=..." if isinstance(v, torch.Tensor) else f"{k}={v!r}" for k, v in self.config()["args"].items())
+        return f"{type(self).__name__}({args})"
 
 
 class MultistepSolver(Solver):

@@ -1,0 +1,63 @@
+# Two commands: `make site` reads the course in a browser, `make test` checks everything. Both make .venv if it is missing.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+SCALE ?= quick
+export OMP_NUM_THREADS ?= 1
+export MPLBACKEND ?= agg
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+STAMP := $(VENV)/.installed
+
+.PHONY: site test lab export clean-notebooks smoke test-lowest bench install check notebooks pytest help
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+install: $(STAMP)  ## make .venv with the tested versions
+$(STAMP): settings.ini constraints.txt setup.py
+	@echo "== installing into $(VENV) (once; again only when settings.ini or constraints.txt change)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install -q -c constraints.txt -e '.[all,docs,dev]' 2> >(grep -vE '^WARNING: Location' >&2) || { echo "install failed: see the lines above"; exit 1; }
+	@touch $@
+
+site: $(STAMP)  ## build the docs site to _site/ (SERVE=1 serves it)
+	@$(BIN)/nbdev_export
+	@$(BIN)/diffkit site $(if $(SERVE),--serve)
+
+lab: $(STAMP)  ## open JupyterLab
+	@$(BIN)/jupyter lab nbs
+
+export: $(STAMP)  ## notebooks -> package
+	@$(BIN)/nbdev_export
+
+clean-notebooks: $(STAMP)  ## strip what changes from run to run
+	@$(BIN)/nbdev_clean
+
+check: $(STAMP)  # export in sync, notebooks clean, style
+	@echo "== package and notebooks agree"
+	@$(BIN)/python tests/check_repo.py
+	@echo "== style"
+	@$(BIN)/ruff check --quiet . || { echo "ruff found the problems above"; exit 1; }
+
+notebooks: $(STAMP)
+	@echo "== every notebook, top to bottom, at scale $(SCALE)"
+	@$(BIN)/diffkit run --scale $(SCALE) --jobs $(JOBS)
+
+pytest: $(STAMP)
+	@echo "== tests"
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test: check notebooks pytest  ## everything: sync, clean, style, all notebooks, all tests
+
+smoke: $(STAMP)  ## every notebook at the sizes of a GPU, two steps of everything
+	@$(BIN)/diffkit run --scale smoke --jobs $(JOBS)
+
+test-lowest: settings.ini  ## the tests on the lowest versions that settings.ini promises, in a virtual environment of its own
+	@$(PYTHON) tests/lowest.py
+
+bench: $(STAMP)  ## install the peers and run the benchmarks notebook
+	@$(BIN)/pip install -q -c constraints.txt -e '.[bench]' 2> >(grep -vE '^WARNING: Location' >&2)
+	@$(BIN)/diffkit run benchmarks --jobs 1
