@@ -326,8 +326,8 @@ def sample(denoiser: Denoiser,  # the model, guided or not
     "Walk down the grid: the only loop over time."
     states = trace(denoiser, solver, x, grid, cond=cond, generator=generator, grad=grad, check=check)
     if progress:
-        from tqdm.auto import tqdm
-        states = tqdm(states, total=len(grid), initial=0, delay=1., leave=False, desc=type(solver).__name__)
+        from tqdm import tqdm  # the plain bar: the notebook's shows itself at an error even before its delay is over
+        states = tqdm(states, total=len(grid), delay=1., leave=False, desc=type(solver).__name__)
     for st in states:
         if callback and st.step: callback(st.step, st.t, st.x, st.prediction)
     if denoise_last:

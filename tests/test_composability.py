@@ -1,0 +1,115 @@
+"""Every guidance x every solver x every process x {float32, float64}: finite, and better with more evaluations.
+
+Methods are found by themselves: every `Solver` subclass and every function that takes `denoiser` first and returns a `Denoiser` in any exported module of the core, of `solvers` and of `guidance` enters by being there.
+A class or function that needs more than its defaults says so in `ARGUMENTS`; what cannot be built fails the test and says what to add."""
+import importlib
+import inspect
+import typing
+
+import pytest
+import torch
+
+import diffkit.core.process as P
+from diffkit._modidx import d as index
+from diffkit.core.data import GaussianMixture, ring
+from diffkit.core.denoiser import Denoiser, MixtureDenoiser
+from diffkit.core.metrics import energy_distance
+from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
+
+MODULES = [importlib.import_module(m) for m in index["syms"] if m.split(".")[1] in ("core", "solvers", "guidance") and not m.endswith(("adapters", "show", "lab", "zoo", "training"))]
+MIX = GaussianMixture(ring(6).means, scales=.25, labels=[0, 0, 1, 1, 2, 2])  # two components a class, so that the conditional flow bends, too
+PROCESSES = {c.__name__: c() for c in vars(P).values() if isinstance(c, type) and issubclass(c, P.Process) and c is not P.Process}
+
+
+def bad(process): return MixtureDenoiser(GaussianMixture(MIX.means, scales=.4, labels=MIX.labels), process)
+
+
+def log_prob(process):
+    def f(x, t, label=None): return MIX.log_prob(x, process.alpha(t), process.sigma(t), label) - MIX.log_prob(x, process.alpha(t), process.sigma(t))
+    return f
+
+
+# what a parameter without a default gets, by name; `steps` is the number of steps of the grid
+ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM()}
+VARIANTS = {"DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
+
+
+def fill(f, process, given, steps=10):  # arguments without a default
+    out = dict(given)
+    for name, p in inspect.signature(f).parameters.items():
+        if name in out or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or p.default is not p.empty: continue
+        if name not in ARGUMENTS: pytest.fail(f"{f.__module__}.{f.__name__} needs {name}=: add it to ARGUMENTS in tests/test_composability.py")
+        out[name] = ARGUMENTS[name](process, steps)
+    return out
+
+
+def solvers() -> list: return list(_solvers())
+
+
+def guidances() -> list: return list(_guidances())
+
+
+def _solvers():
+    for m in MODULES:
+        for name, c in vars(m).items():
+            if isinstance(c, type) and issubclass(c, Solver) and c.__module__ == m.__name__ and c not in (Solver, MultistepSolver) and not name.startswith("_"):
+                for v in VARIANTS.get(name, [{}]): yield pytest.param(c, v, id=f"{name}{''.join(f'-{k}={x}' for k, x in v.items())}")
+
+
+def _guidances():
+    yield pytest.param(None, id="none")
+    for m in MODULES:
+        for name, f in vars(m).items():
+            if not inspect.isfunction(f) or f.__module__ != m.__name__ or name.startswith("_"): continue
+            try: returns = typing.get_type_hints(f).get("return")
+            except Exception: continue  # annotations that only a type checker can read
+            if isinstance(returns, type) and issubclass(returns, Denoiser) and next(iter(inspect.signature(f).parameters), "") == "denoiser": yield pytest.param(f, id=name)
+
+
+def model(guidance, process, dtype=torch.float64):
+    d = MixtureDenoiser(MIX, process)
+    return d if guidance is None else guidance(**fill(guidance, process, {"denoiser": d}))
+
+
+G = torch.Generator().manual_seed(0)
+X, LABEL = torch.randn(36, 2, generator=G, dtype=torch.float64), torch.arange(36) % 3
+_truth = {}
+
+
+def truth(guidance, process):
+    key = (guidance, process)
+    if key not in _truth: _truth[key] = exact_flow(model(guidance, process), None, X * process.sigma(process.t_max), process.t_max, max(process.t_min, 1e-3), rtol=1e-6, atol=1e-8, label=LABEL)
+    return _truth[key]
+
+
+def test_the_search_finds_what_is_known():
+    found = {p.values[0].__name__ for p in solvers()}
+    assert {"DDIM", "Ancestral", "Euler", "Heun", "EulerMaruyama", "DPMSolverPP", "DPMSingle"} <= found
+    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
+    assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow"} <= set(PROCESSES)
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("guidance", guidances())
+@pytest.mark.parametrize("solver,options", solvers())
+def test_every_combination(solver, options, guidance, process):
+    start, end = process.t_max, max(process.t_min, 1e-3)
+    x = X * process.sigma(start)
+
+    def run(steps, dtype=torch.float64, seed=0):
+        s = solver(**fill(solver, process, options))
+        return sample(model(guidance, process), s, x.to(dtype), P.time_grid(process, steps, "log_snr", start, end), cond={"label": LABEL}, generator=torch.Generator().manual_seed(seed), progress=False)
+
+    few, many, single = run(7), run(32), run(7, torch.float32)
+    for y in (few, many, single): assert torch.isfinite(y).all()
+    assert single.dtype == torch.float32
+    random = not torch.equal(few, run(7, seed=1))
+    if random:  # no path to compare: the distribution against that of a fine run
+        fine = run(64, seed=2)
+        noise = energy_distance(run(64, seed=3), fine)  # what equal distributions differ by
+        assert energy_distance(many, fine) < max(energy_distance(few, fine), 0) + abs(noise) + .05
+    else:
+        t = truth(guidance, process)
+        rms = lambda y: (y.double() - t).square().mean().sqrt().item()
+        assert rms(many) < rms(few)
+        assert (single.double() - few).abs().max() < 1e-3 * (1 + few.abs().max())
