@@ -30,8 +30,9 @@ site: $(STAMP)  ## build the docs site to _site/ (SERVE=1 serves it)
 lab: $(STAMP)  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-export: $(STAMP)  ## notebooks -> package
+export: $(STAMP)  ## notebooks -> package, front page -> README.md
 	@$(BIN)/nbdev_export
+	@$(BIN)/python tests/check_repo.py --write
 
 clean-notebooks: $(STAMP)  ## strip what changes from run to run
 	@$(BIN)/nbdev_clean

@@ -20,7 +20,7 @@ def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None
     for slug, path in found.items(): print(f"{path.stem[:3]}  {path.parent.name:9s} {slug:20s} {title(path)[1]}")
 
 
-def run_notebooks(slugs: Param("slugs or numbers; none means all", str, nargs="*") = None,
+def run_notebooks(slugs: Param("slugs, numbers or files; none means all", str, nargs="*"),  # no default, which makes it positional
                   scale: Param("size of the experiments: quick, full or smoke", str) = "quick",
                   jobs: Param("notebooks at once", int) = 2,
                   backend: Param("joblib backend: loky here; dask or ray on a cluster", str) = "loky",

@@ -38,9 +38,22 @@ def unclean(path: Path) -> list[str]:  # what is wrong with a saved notebook
     return bad
 
 
+def readme() -> str:  # the front page as Markdown
+    out = []
+    for c in json.loads((ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8"))["cells"]:
+        src = "".join(c["source"]).strip()
+        if c["cell_type"] == "markdown": out.append(src)
+        elif src and not src.startswith("#|") and not any("image/png" in o.get("data", {}) for o in c["outputs"]):
+            out.append(f"```python\n{src}\n```")
+            if text := "".join("".join(o["text"]) for o in c["outputs"] if o["output_type"] == "stream" and o["name"] == "stdout").strip(): out.append(f"```text\n{text}\n```")
+    return "\n\n".join(out) + "\n"
+
+
 def main() -> int:
+    if "--write" in sys.argv: (ROOT / "README.md").write_text(readme(), encoding="utf-8"); print("README.md written"); return 0
     wrong = [f"{p.relative_to(ROOT)}: {w}" for p in notebooks() for w in unclean(p)]
     wrong += [f"{p}: differs from its notebook (run nbdev_export)" for p in exported_differs()]
+    if (ROOT / "README.md").read_text(encoding="utf-8") != readme(): wrong.append("README.md: differs from nbs/index.ipynb (run make export)")
     for w in wrong: print(w)
     print(f"{len(notebooks())} notebooks looked at, {len(wrong)} problems")
     return bool(wrong)
