@@ -130,6 +130,7 @@ class ProjectedGuidance(Guided):
 
     def start(self, grid=None):
         self.memories = []
+        if hasattr(self.shaper, "start"): self.shaper.start()
         super().start(grid)
 
     def memory(self, cond):  # a wrapper around this one may call with two conditions at each time: each is a trajectory of its own
