@@ -17,7 +17,7 @@ def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None
     from diffkit.core.lab import notebooks, title
     found = {s: p for s, p in notebooks().items() if chapter in (None, p.parent.name)}
     if not found: raise ValueError(f"no chapter {chapter!r}; known: {', '.join(sorted({p.parent.name for p in notebooks().values()}))}")
-    for slug, path in found.items(): print(f"{path.stem[:3]}  {path.parent.name:9s} {slug:20s} {title(path)[1]}")
+    for slug, path in found.items(): print(f"{path.stem[:3] if path.stem[0].isdigit() else '':3s}  {path.parent.name:10s} {slug:20s} {title(path)[1]}")
 
 
 def run_notebooks(slugs: Param("slugs, numbers or files; none means all", str, nargs="*"),  # no default, which makes it positional

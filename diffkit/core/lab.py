@@ -159,10 +159,10 @@ def root() -> Path:
     raise FileNotFoundError(f"no folder with nbs/ and settings.ini found at {places[0]} or above; run inside a checkout or set DIFFKIT_ROOT")
 
 
-def notebooks() -> dict[str, Path]:  # slug -> path, in the order of the numbers
-    "All numbered notebooks of the course."
-    files = sorted((p for p in (root() / "nbs").rglob("*.ipynb") if re.match(r"\d{3}_", p.name) and ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
-    slugs = [p.stem[4:] for p in files]
+def notebooks() -> dict[str, Path]:  # slug -> path, in the order of the numbers; then the front page and the benchmarks, which have none
+    "All notebooks of the course."
+    files = sorted((p for p in (root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
+    slugs = [re.sub(r"^\d{3}_", "", p.stem) for p in files]
     return {s if slugs.count(s) == 1 else p.stem: p for s, p in zip(slugs, files)}  # 299_compare and 399_compare keep their numbers
 
 

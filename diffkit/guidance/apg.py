@@ -26,7 +26,8 @@ def _wide(x):  # norms and projections are done in the widest type the device ha
 def _event(dims, x):  # the dimensions of one sample
     if dims is None: dims = tuple(range(1, x.ndim))
     dims = tuple(d % x.ndim if -x.ndim <= d < x.ndim else d for d in ((dims,) if isinstance(dims, int) else dims))
-    if not dims or 0 in dims or any(d >= x.ndim or d < 0 for d in dims): raise ValueError(f"dims must name dimensions of a sample, 1..{x.ndim - 1} (0 is the batch), got {dims} for shape {tuple(x.shape)}")
+    if not dims or 0 in dims or any(d >= x.ndim or d < 0 for d in dims):
+        raise ValueError(f"dims must name dimensions of a sample, 1..{x.ndim - 1} (0 is the batch), got {dims} for shape {tuple(x.shape)}")
     return dims
 
 
@@ -66,7 +67,8 @@ class APG:
         if not -1 < beta < 1: raise ValueError(f"beta must lie in (-1, 1), else the momentum diverges; got {beta}")
         if not eta == eta or abs(eta) == float("inf"): raise ValueError(f"eta must be finite, got {eta}")
         if space not in KINDS: raise ValueError(f"space must be one of {', '.join(KINDS)}, got {space!r}")
-        if dims is not None and 0 in ((dims,) if isinstance(dims, int) else tuple(dims)): raise ValueError(f"dims must name dimensions of a sample (0 is the batch), got {dims}")
+        if dims is not None and 0 in ((dims,) if isinstance(dims, int) else tuple(dims)):
+            raise ValueError(f"dims must name dimensions of a sample (0 is the batch), got {dims}")
         self.eta, self.r, self.beta, self.space, self.dims = eta, r, beta, space, dims
         self.start()
 
@@ -75,7 +77,8 @@ class APG:
         self.t, self.before, self.now = None, 0., None  # last time; the momentum above it; the momentum at it
 
     def _again(self, why):
-        if not getattr(self, "warned", False): warnings.warn(f"APG starts its momentum afresh: {why}. In a loop of your own, call start() before each trajectory", stacklevel=4)
+        if not getattr(self, "warned", False):
+            warnings.warn(f"APG starts its momentum afresh: {why}. In a loop of your own, call start() before each trajectory", stacklevel=4)
         self.warned = True
 
     def momentum(self,
@@ -117,8 +120,11 @@ class APG:
 
 # %% ../../nbs/guidance/302_apg.ipynb #f455301e
 def _same(a, b):  # two conditions: the same objects, or equal ones
-    return a.keys() == b.keys() and all(v is b[k] or (isinstance(v, torch.Tensor) and isinstance(b[k], torch.Tensor) and v.shape == b[k].shape and v.device == b[k].device and torch.equal(v, b[k]))
-                                        or (not isinstance(v, torch.Tensor) and not isinstance(b[k], torch.Tensor) and v == b[k]) for k, v in a.items())
+    def equal(v, w):
+        if v is w: return True
+        if not (isinstance(v, torch.Tensor) and isinstance(w, torch.Tensor)): return not isinstance(v, torch.Tensor) and not isinstance(w, torch.Tensor) and v == w
+        return v.shape == w.shape and v.device == w.device and torch.equal(v, w)
+    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
 
 
 class ProjectedGuidance(Guided):
