@@ -30,17 +30,35 @@ def _back(out, like):
     if isinstance(out, tuple): return tuple(_back(o, like) for o in out)
     return out
 
-def _square(W, name="W", finite=True):
+def _whole(name, x, low):
+    "Raises unless `x` is a whole number of at least `low`."
+    if isinstance(x, bool) or not isinstance(x, (int, np.integer)): raise TypeError(f"{name} must be a whole number, got {x!r}")
+    if x < low: raise ValueError(f"{name} must be at least {low}, got {x}")
+
+def _number(name, x, positive=False):
+    "Raises unless `x` is a finite number >= 0, or > 0 when `positive`."
+    try: v = math.nan if isinstance(x, (str, bytes)) else float(x)
+    except (TypeError, ValueError): v = math.nan
+    if not (0 < v < math.inf or v == 0 and not positive): raise ValueError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {x!r}")
+
+def _float(X, name):
+    "`X` as a float64 tensor; numpy and lists are copied."
+    try:
+        if not torch.is_tensor(X): X = np.asarray(X)
+        if X.is_complex() if torch.is_tensor(X) else np.iscomplexobj(X): raise TypeError("complex numbers")
+        return X.double() if torch.is_tensor(X) else torch.as_tensor(X.astype(np.float64))
+    except (TypeError, ValueError) as e: raise TypeError(f"{name} must be numeric, got {type(X).__name__}: {e}") from e
+
+def _square(W, name="W"):
     "`W` as a float64 tensor (..., d, d), or an error that names it."
-    try: t = W.double() if torch.is_tensor(W) else torch.as_tensor(np.array(W, dtype=np.float64))
-    except (TypeError, ValueError) as e: raise TypeError(f"{name} must be a numeric matrix, got {type(W).__name__}") from e
+    t = _float(W, name)
     if t.ndim < 2 or t.shape[-1] != t.shape[-2]: raise ValueError(f"{name} must be square in its last two dimensions, got shape {tuple(t.shape)}")
-    if finite and not torch.isfinite(t.detach()).all(): raise ValueError(f"{name} holds NaN or infinity")
+    if not torch.isfinite(t.detach()).all(): raise ValueError(f"{name} holds NaN or infinity")
     return t
 
 def _binary(B, name="B"):
     "`B` as a boolean tensor (..., d, d); entries must be 0 or 1 and the diagonal 0."
-    t = _square(B, name)
+    t = _square(B, name).detach()
     if not ((t == 0) | (t == 1)).all():
         bad = t[(t != 0) & (t != 1)][0].item()
         raise ValueError(f"{name} must hold only 0 and 1, found {bad:g}; for a weighted matrix pass `W != 0`")
@@ -54,14 +72,14 @@ def random_dag(d: int,  # number of nodes
               ) -> torch.Tensor:  # (d, d) float64, 0/1; B[i, j] = 1 is i -> j
     "A random DAG with about `edges` edges, its nodes in random order."
     if kind not in ("er", "sf", "bipartite"): raise ValueError(f"kind must be 'er', 'sf' or 'bipartite', got {kind!r}")
-    if d < 2: raise ValueError(f"d must be at least 2, got {d}")
+    _whole("d", d, 2); _number("edges", edges)
     top = max(1, d // 5)
     most = top * (d - top) if kind == "bipartite" else d * (d - 1) / 2
-    if not 0 <= edges <= most: raise ValueError(f"edges must be in 0..{most:g} for d={d}, kind={kind!r}, got {edges}")
+    if edges > most: raise ValueError(f"edges must be in 0..{most:g} for d={d}, kind={kind!r}, got {edges}")
     g = _generator(generator)
     if kind == "sf":
-        m, B = max(1, round(edges / d)), torch.zeros(d, d, dtype=torch.float64)
-        if m >= d: raise ValueError(f"edges={edges} needs {m} links per node of a scale-free graph, at most d-1={d - 1} exist")
+        m, B = round(edges / d), torch.zeros(d, d, dtype=torch.float64)
+        if not 1 <= m < d: raise ValueError(f"edges={edges} is {m} links for each node of a scale-free graph, 1..{d - 1} are possible for d={d}")
         for v in range(1, d):
             weight = B[:v].sum(1) + B[:, :v].sum(0) + (v <= m)  # degree; the first nodes have none yet, so all are equally likely
             B[torch.multinomial(weight, min(m, v), generator=g), v] = 1
@@ -78,7 +96,8 @@ def random_weights(B: torch.Tensor,  # (..., d, d) graph
                    generator: torch.Generator | int | None = None,
                   ) -> torch.Tensor:  # (..., d, d) weights, uniform on (-high, -low) and (low, high)
     "Random weights on the edges of `B`."
-    if not 0 <= low <= high: raise ValueError(f"weights need 0 <= low <= high, got low={low}, high={high}")
+    _number("low", low); _number("high", high)
+    if low > high: raise ValueError(f"weights need low <= high, got low={low}, high={high}")
     b, g = _binary(B), _generator(generator)
     size = torch.rand(b.shape, generator=g, dtype=torch.float64) * (high - low) + low
     sign = torch.randint(0, 2, b.shape, generator=g) * 2 - 1
@@ -86,7 +105,7 @@ def random_weights(B: torch.Tensor,  # (..., d, d) graph
 
 # %% ../../nbs/causal/600_dag.ipynb #a0f27849
 def _variances(v, d, like):
-    v = torch.as_tensor(np.asarray(v.detach().cpu() if torch.is_tensor(v) else v, dtype=np.float64), device=like.device)
+    v = _float(v, "variance").detach().to(like.device)
     if v.ndim and v.shape[-1] != d: raise ValueError(f"variance must be a number or have d={d} entries, got shape {tuple(v.shape)}")
     if not (v > 0).all() or not torch.isfinite(v).all(): raise ValueError(f"variance must be positive and finite, smallest is {v.min().item():g}")
     return v.expand(*v.shape[:-1], d) if v.ndim else v.expand(d)
@@ -106,13 +125,13 @@ def simulate(W: torch.Tensor,  # (..., d, d) weights of a DAG
             ) -> torch.Tensor:  # (..., n, d)
     "Samples of the linear SEM `X = X W + N`; the noise has mean 0 and exactly the given variance."
     if noise not in NOISE: raise ValueError(f"noise must be one of {sorted(NOISE)}, got {noise!r}")
-    if n < 1: raise ValueError(f"n must be at least 1, got {n}")
-    w = _square(W); d = w.shape[-1]
+    _whole("n", n, 1)
+    w = _square(W).detach(); d = w.shape[-1]
     if not is_dag(w).all(): raise ValueError("W has a cycle: its graph must be a DAG")
     v, g = _variances(variance, d, w), _generator(generator)
     size = (*w.shape[:-2], n, d)
-    N = NOISE[noise](size, g, lambda: torch.empty(size, dtype=torch.float64).exponential_(generator=g))
-    return _back(torch.linalg.solve(torch.eye(d, dtype=torch.float64) - w, N * v.sqrt().unsqueeze(-2), left=False), W)
+    N = NOISE[noise](size, g, lambda: torch.empty(size, dtype=torch.float64, device=g.device if g else None).exponential_(generator=g)).to(w.device)
+    return _back(torch.linalg.solve(torch.eye(d, dtype=w.dtype, device=w.device) - w, N * v.sqrt().unsqueeze(-2), left=False), W)
 
 def sem_covariance(W: torch.Tensor,  # (..., d, d)
                    v: float | torch.Tensor = 1.,  # noise variances: a number or (..., d)
@@ -125,8 +144,7 @@ def sem_covariance(W: torch.Tensor,  # (..., d, d)
 def _table(X):
     "A tensor (..., n, d) and the column names of an array, tensor or DataFrame."
     names = [str(c) for c in X.columns] if hasattr(X, "columns") else None
-    try: t = X.detach().double() if torch.is_tensor(X) else torch.as_tensor(np.array(X, dtype=np.float64))
-    except (TypeError, ValueError) as e: raise TypeError(f"X must be numeric, got {type(X).__name__}: {e}") from e
+    t = _float(X, "X").detach()
     if t.ndim < 2: raise ValueError(f"X must be (n, d), got shape {tuple(t.shape)}")
     if t.shape[-2] < 2: raise ValueError(f"X must have at least 2 samples, got n={t.shape[-2]}")
     label = lambda j: repr(names[j]) if names else str(j)
@@ -173,7 +191,7 @@ def to_dag(W: torch.Tensor,  # (..., d, d) weights
           ) -> torch.Tensor:  # (..., d, d) weights of a DAG
     "Zero the small weights, then the smallest ones that lie in cycles until there is none."
     from scipy.sparse.csgraph import connected_components
-    if threshold < 0: raise ValueError(f"threshold must be >= 0, got {threshold}")
+    _number("threshold", threshold)
     w = _square(W).detach().cpu().numpy().copy()
     w[np.abs(w) <= threshold] = 0
     for A in w.reshape(-1, *w.shape[-2:]):
@@ -211,7 +229,7 @@ def h_logdet(W: torch.Tensor,  # (..., d, d)
              s: float = 1.,  # the domain is spectral radius(W o W) < s
             ) -> tuple[torch.Tensor, torch.Tensor]:  # value (...), inf outside the domain; gradient (..., d, d), nan there
     "$d log s - log det(sI - W o W)$ and its gradient. Source: Bello et al. 2022 (DAGMA)."
-    if not s > 0: raise ValueError(f"s must be positive, got {s}")
+    _number("s", s, positive=True)
     def f(w, A, eye, d):
         M = s * eye - A
         inv, info = torch.linalg.inv_ex(M.detach())
@@ -229,7 +247,8 @@ def scores(B_true: torch.Tensor,  # (..., d, d) 0/1
     "Edge errors of an estimated graph; a reversed edge counts once."
     t, e = _binary(B_true, "B_true"), _binary(B_est, "B_est")
     if t.shape[-1] != e.shape[-1]: raise ValueError(f"B_true and B_est must have the same nodes, got shapes {tuple(t.shape)} and {tuple(e.shape)}")
-    t, e = torch.broadcast_tensors(t, e)
+    try: t, e = torch.broadcast_tensors(t, e.to(t.device))
+    except RuntimeError as err: raise ValueError(f"B_true and B_est must have the same batch dimensions or one of them none, got shapes {tuple(t.shape)} and {tuple(e.shape)}") from err
     n = lambda m: m.sum((-2, -1)).double()
     skel_t, skel_e = t | t.mT, e | e.mT
     tp, rev, fp = n(e & t), n(e & t.mT & ~t), n(e & ~skel_t)
@@ -288,7 +307,7 @@ def sid(B_true: torch.Tensor,  # (d, d) DAG, 0/1
     "Structural intervention distance of two DAGs. Source: Peters and Buhlmann 2015."
     t, e = _dag(B_true, "B_true"), _dag(B_est, "B_est")
     if t.shape != e.shape: raise ValueError(f"B_true and B_est must have the same nodes, got shapes {t.shape} and {e.shape}")
-    if not exact:
+    if not exact and len(t) > 1:  # gadjid wants two nodes at least
         try:
             import gadjid
             return int(gadjid.sid(t.astype(np.int8), e.astype(np.int8), edge_direction="from row to column")[1])
@@ -313,12 +332,14 @@ def sid(B_true: torch.Tensor,  # (d, d) DAG, 0/1
 
 # %% ../../nbs/causal/600_dag.ipynb #c80565e6
 def _order(order, d):
-    o = torch.as_tensor(order).long().cpu()
-    if o.shape != (d,) or not torch.equal(o.sort()[0], torch.arange(d)): raise ValueError(f"order must be a permutation of 0..{d - 1}, got {o.tolist()}")
-    return o
+    o = _float(list(order), "order").cpu()
+    if o.shape != (d,) or not torch.equal(o.sort()[0], torch.arange(d).double()): raise ValueError(f"order must be a permutation of 0..{d - 1}, got {list(order)}")
+    return o.long()
 
-def _psd(C, name="C"):
-    C = _square(C, name)
+def _psd(C, name="C", one=False):
+    "`C` as a float64 tensor that may be a covariance; with `one`, of one graph only."
+    C = _square(C, name).detach()
+    if one and C.ndim != 2: raise ValueError(f"{name} must be one covariance (d, d), got shape {tuple(C.shape)}")
     if not torch.allclose(C, C.mT, rtol=1e-8, atol=1e-10): raise ValueError(f"{name} must be symmetric, largest asymmetry {(C - C.mT).abs().max().item():.3g}")
     low = torch.linalg.eigvalsh(C)
     if (low[..., 0] < -1e-8 * low[..., -1].clamp(min=0)).any(): raise ValueError(f"{name} must be positive semidefinite, smallest eigenvalue {low.min().item():.3g}")
@@ -355,8 +376,8 @@ def lasso_given_order(C: torch.Tensor,  # (d, d) covariance
                       sweeps: int = 2000, tol: float = 1e-6,  # coordinate descent stops when no weight moves by more than tol
                      ) -> torch.Tensor:  # (d, d) weights
     "Minimises `tr(E^T C E)/2 + lam |W|_1` along an order by coordinate descent, all nodes side by side."
-    c = _psd(C).cpu().numpy(); o = _order(order, len(c)).numpy(); d = len(c)
-    if lam < 0: raise ValueError(f"lam must be >= 0, got {lam}")
+    c = _psd(C, one=True).cpu().numpy(); o = _order(order, len(c)).numpy(); d = len(c)
+    _number("lam", lam)
     P, W = c[np.ix_(o, o)], np.zeros((d, d))
     for _ in range(sweeps):
         old = W.copy()
@@ -372,7 +393,7 @@ def varsortability(C: torch.Tensor,  # (d, d) covariance; only its diagonal is u
                    B: torch.Tensor,  # (d, d) DAG, 0/1 or weights
                   ) -> float:  # in [0, 1]; nan for an empty graph
     "Share of directed paths along which the marginal variance rises (ties count half). Source: Reisach et al. 2021."
-    v, E = _psd(C).diagonal().cpu().numpy(), (_square(B, "B") != 0).cpu().numpy()
+    v, E = _psd(C, one=True).diagonal().cpu().numpy(), (_square(B, "B") != 0).cpu().numpy()
     _dag(E.astype(float))
     rises = (v > v[:, None] * (1 + 1e-9)) + .5 * np.isclose(v, v[:, None], rtol=1e-9)
     P, n, up = E, 0, 0.
@@ -380,7 +401,11 @@ def varsortability(C: torch.Tensor,  # (d, d) covariance; only its diagonal is u
         n += P.sum(); up += (P * rises).sum(); P = (P.astype(int) @ E) > 0
     return up / n if n else math.nan
 
-def warn_varsortable(C: torch.Tensor, B: torch.Tensor, above: float = .95, ratio: float = 2.) -> bool:
+def warn_varsortable(C: torch.Tensor,  # (d, d) covariance
+                     B: torch.Tensor,  # (d, d) DAG, 0/1 or weights
+                     above: float = .95,  # warn from this varsortability on
+                     ratio: float = 2.,  # and only if the largest variance is this many times the smallest
+                    ) -> bool:  # whether it warned
     "Warns when a graph follows the order of the marginal variances: an artefact of units is then a possible explanation."
     v = _psd(C).diagonal()
     vs = varsortability(C, B)
@@ -459,7 +484,7 @@ def plot_dag(W: torch.Tensor,  # (d, d) DAG
     kinds = {"right": (W & T, "#0072B2", "-"), "reversed": (W & T.T & ~T, "#D55E00", "--"), "extra": (W & ~T & ~T.T, "#CC79A7", "-."), "missing": (T & ~W & ~W.T, "#999999", ":")}
     for label, (E, color, style) in kinds.items():
         for i, j in zip(*np.nonzero(E)):
-            ax.annotate("", pos[j], pos[i], arrowprops=dict(arrowstyle="-|>", color=color, ls=style, lw=1.4, shrinkA=9, shrinkB=9, connectionstyle="arc3,rad=.08"))
+            ax.annotate("", pos[j], pos[i], arrowprops=dict(arrowstyle="-|>", color=color, ls=style, lw=1.4, shrinkA=9, shrinkB=9, connectionstyle=f"arc3,rad={.06 + .12 * max(abs(depth[i] - depth[j]) - 1, 0)}"))
         if truth is not None and E.any(): ax.plot([], [], color=color, ls=style, label=f"{label} ({E.sum()})")
     for j, (x, y) in pos.items(): ax.text(x, y, names[j], ha="center", va="center", fontsize=8, bbox=dict(boxstyle="round,pad=.25", fc="#E8EEF4", ec="#556677", lw=.8), color="#112233")
     xs, ys = zip(*pos.values())
@@ -468,20 +493,27 @@ def plot_dag(W: torch.Tensor,  # (d, d) DAG
     return ax
 
 # %% ../../nbs/causal/600_dag.ipynb #6461dd97
+def _residuals(w, c):
+    "C E with E = I - W, and the mean squared residuals [E^T C E]_jj (..., d), for float64 tensors."
+    E = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - w; CE = c @ E
+    return CE, (E * CE).sum(-2)
+
+def _fit_args(d, threshold, names):
+    "Checks, before any work, what every fit ends with."
+    _number("threshold", threshold)
+    if names is not None and (isinstance(names, str) or len(names) != d or len(set(names)) != d): raise ValueError(f"names must have {d} different entries, got {names!r}")
+
 def _fit(C, raw, method, threshold, names=None, **kw):
     "A `DagFit` from raw weights; the noise is read off the thresholded graph unless it is given."
-    if names is not None and len(names) != raw.shape[-1]: raise ValueError(f"names must have {raw.shape[-1]} entries, got {len(names)}")
     W = to_dag(raw, threshold)
-    if "sigma" not in kw:
-        E = (torch.eye(raw.shape[-1], dtype=W.dtype) if torch.is_tensor(W) else np.eye(raw.shape[-1])) - W
-        kw["sigma"] = (E * (C @ E)).sum(-2)**.5
+    if "sigma" not in kw: kw["sigma"] = _back(_residuals(_square(W), _square(C))[1].clamp(min=0).sqrt(), C)
     return DagFit(W=W, raw=raw, h=h_exp(raw)[0], names=names, method=method, **kw)
 
 def sort_n_regress(C: torch.Tensor,  # (d, d) covariance
                    lam: float = 0.,  # l1 weight; 0 is least squares
                    threshold: float = .3, names: list[str] | None = None) -> DagFit:
     "Order by marginal variance, then regress: the baseline that reads the scale. Source: Reisach et al. 2021."
-    c = _psd(C)
+    c = _psd(C, one=True); _fit_args(len(c), threshold, names)
     order = c.diagonal().argsort().tolist()
     return _fit(C, lasso_given_order(C, order, lam) if lam else fit_given_order(C, order), "sort_n_regress", threshold, names)
 
@@ -494,9 +526,9 @@ def notears(C: torch.Tensor,  # (d, d) covariance
     "Least squares with an l1 penalty under h(W) = 0, by augmented Lagrangian and L-BFGS-B. Source: Zheng et al. 2018."
     from scipy.linalg import expm
     from scipy.optimize import minimize
-    if lam < 0: raise ValueError(f"lam must be >= 0, got {lam}")
+    _number("lam", lam); _number("h_tol", h_tol); _whole("max_iter", max_iter, 1)
     if h not in ("poly", "exp"): raise ValueError(f"h must be 'poly' or 'exp', got {h!r}")
-    c = _psd(C).cpu().numpy(); d = len(c); eye = np.eye(d)
+    c = _psd(C, one=True).cpu().numpy(); d = len(c); eye = np.eye(d); _fit_args(d, threshold, names)
     W_of = lambda x: (x[:d * d] - x[d * d:]).reshape(d, d)
     def acyclic(W):  # h_poly and h_exp once more, in numpy: called thousands of times on one small matrix
         A = W * W
@@ -519,13 +551,18 @@ def notears(C: torch.Tensor,  # (d, d) covariance
         x, hv = sol.x, h_new
         alpha += rho * hv
         if hv <= h_tol or rho >= rho_max: break
-    W = torch.as_tensor(W_of(x)) if torch.is_tensor(C) else W_of(x)
+    W = torch.as_tensor(W_of(x), device=C.device) if torch.is_tensor(C) else W_of(x)
     return _fit(C, W, "notears", threshold, names, history=history, objective=history[-1]["objective"], converged=bool(hv <= h_tol))
+
+def _expand(x, c, name):
+    "`x` in the shape and on the device of `c`."
+    try: return x.to(c.device).expand(c.shape)
+    except RuntimeError as e: raise ValueError(f"{name} must have a shape that fits {tuple(c.shape)}, got {tuple(x.shape)}") from e
 
 def _golem_step(c, W, equal, lam, lam_h):
     "Value and gradient of the GOLEM objective, for a batch."
-    eye = torch.eye(W.shape[-1], dtype=W.dtype, device=W.device); E = eye - W; CE = c @ E
-    rss = (E * CE).sum(-2, keepdim=True); d = W.shape[-1]
+    d = W.shape[-1]; E = torch.eye(d, dtype=W.dtype, device=W.device) - W
+    CE, rss = _residuals(W, c); rss = rss.unsqueeze(-2)
     hv, hg = h_exp(W)
     fit = d / 2 * rss.sum((-2, -1)).log() if equal else rss.log().sum((-2, -1)) / 2
     g = -CE * d / rss.sum(-1, keepdim=True) if equal else -CE / rss
@@ -540,8 +577,9 @@ def golem(C: torch.Tensor,  # (..., d, d) covariance
     "Gaussian likelihood with soft l1 and acyclicity penalties, by Adam. Source: Ng et al. 2020."
     if variance not in ("equal", "unequal"): raise ValueError(f"variance must be 'equal' or 'unequal', got {variance!r}")
     c = _psd(C); equal = variance == "equal"
-    if init is None: W = torch.zeros_like(c) if equal else _square(golem(c, "equal", None, lam_h, iters, lr, threshold).raw)
-    else: W = _square(init, "init").clone()
+    _fit_args(c.shape[-1], threshold, names); _whole("iters", iters, 1); _number("lr", lr, positive=True); _number("lam_h", lam_h); _number("lam", lam or 0)
+    if init is None: W = torch.zeros_like(c) if equal else golem(c, "equal", None, lam_h, iters, lr, threshold).raw
+    else: W = _expand(_square(init, "init"), c, "init").clone()
     lam = lam if lam is not None else .02 if equal else .002
     off = 1 - torch.eye(W.shape[-1], dtype=W.dtype, device=W.device); m, v = torch.zeros_like(W), torch.zeros_like(W)
     for t in range(1, iters + 1):
@@ -554,14 +592,18 @@ def golem(C: torch.Tensor,  # (..., d, d) covariance
 PAPER = dict(iters=(20_000, 20_000, 20_000, 70_000), lr=3e-4, decay=False)  # the schedule of DAGMA's and CoLiDE's papers
 FAST = dict(iters=(2000, 2000, 2000, 5000), lr=3e-3, decay=True)  # 12 times fewer steps: ten times the rate, lowered at 60% and 85% of a stage
 
-def _solver_args(lam, s, mu, iters, lr, tol):
+def _solver_args(nb, lam, s, mu, iters, lr, tol, checkpoint):
     "Checks what `follow_path` is given, before any work."
-    if not len(s) == len(mu) == len(iters): raise ValueError(f"s, mu and iters must have the same length, got {len(s)}, {len(mu)} and {len(iters)}")
     for name, seq in (("s", s), ("mu", mu), ("iters", iters)):
-        if not len(seq) or min(seq) <= 0: raise ValueError(f"{name} must hold positive numbers, got {tuple(seq)}")
-    if np.ndim(lam) > 1 or np.min(lam) < 0 or not np.isfinite(lam).all(): raise ValueError(f"lam must be a number >= 0, or one for each graph, got {lam}")
-    if lr <= 0: raise ValueError(f"lr must be positive, got {lr}")
-    if tol < 0: raise ValueError(f"tol must be >= 0, got {tol}")
+        if np.ndim(seq) != 1: raise TypeError(f"{name} must be a sequence with an entry for each stage, got {seq!r}")
+    if not len(s) == len(mu) == len(iters): raise ValueError(f"s, mu and iters must have the same length, got {len(s)}, {len(mu)} and {len(iters)}")
+    if not len(s): raise ValueError("s, mu and iters must hold at least one stage, got none")
+    for x in s: _number("every entry of s", x, positive=True)
+    for x in mu: _number("every entry of mu", x, positive=True)
+    for x in iters: _whole("every entry of iters", x, 1)
+    for x in np.ravel(np.asarray(lam, object)): _number("lam", x)
+    if np.shape(lam) not in ((), (nb,)): raise ValueError(f"lam must be a number or one for each of the {nb} graphs, got shape {np.shape(lam)}")
+    _number("lr", lr, positive=True); _number("tol", tol); _whole("checkpoint", checkpoint, 1)
 
 def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor, which may be on a GPU
                 scale: Callable | None = None,  # (r (b, d), index of the graphs) -> sigma (b, d); None holds sigma at 1
@@ -577,9 +619,9 @@ def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor
                ):  # W (b, d, d), sigma (b, d), history, converged (b,)
     "Minimises `mu_k (score + lam |W|_1) + h_logdet(W, s_k)` over the stages k by Adam. Source: Bello et al. 2022, Algorithm 1."
     from tqdm.auto import tqdm
-    _solver_args(lam, s, mu, iters, lr, tol)
-    xp, new = (torch, lambda x: torch.as_tensor(np.array(x), dtype=C.dtype, device=C.device)) if torch.is_tensor(C) else (np, lambda x: np.asarray(x, float))
     nb, d = C.shape[0], C.shape[-1]
+    _solver_args(nb, lam, s, mu, iters, lr, tol, checkpoint)
+    xp, new = (torch, lambda x: torch.as_tensor(np.array(x), dtype=C.dtype, device=C.device)) if torch.is_tensor(C) else (np, lambda x: np.asarray(x, float))
     eye, lam_all, (b1, b2) = new(np.eye(d)), new(np.broadcast_to(np.asarray(lam, float), nb).reshape(nb, 1, 1)), betas
     if allowed is None: allowed = 1 - np.eye(d)
     mask = new(np.broadcast_to(np.asarray(allowed.cpu() if torch.is_tensor(allowed) else allowed, float), (nb, d, d)).copy())
@@ -587,7 +629,7 @@ def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor
     sigma, history, converged = W[:, 0] * 0 + 1 if sigma is None else sigma, [], np.zeros(nb, bool)
     bar = tqdm(total=sum(iters), disable=not progress)
     for k, (mu_k, s_k, n) in enumerate(zip(mu, s, iters)):
-        n, run, nw, nsig = int(n), np.arange(nb), W + 0, sigma + 0  # run: the graphs still in this stage
+        run, nw, nsig = np.arange(nb), W + 0, sigma + 0  # run: the graphs still in this stage
         w, sg, c, l1, mk = W + 0, sigma + 0, C, lam_all, mask
         m, v, t, rate, dom, prev = 0 * w, 0 * w, np.zeros(nb, int), np.full(nb, lr), np.full(nb, s_k), np.full(nb, np.inf)
         col = lambda x: new(x.reshape(-1, 1, 1))
@@ -612,14 +654,9 @@ def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor
                 if (rate > 1e-16).all(): continue
                 t[rate <= 1e-16] = n  # no step is small enough: leave with what there is
             else:
-                G = M.swapaxes(1, 2) * w; G *= 2
-                CE *= mu_k / sg[:, None]; G -= CE
-                CE = xp.sign(w); CE *= mu_k * l1; G += CE
-                G *= mk
-                m *= b1; G *= 1 - b1; m += G
-                G *= G; G *= (1 - b2) / (1 - b1)**2; v *= b2; v += G
-                step = xp.sqrt(v * c2[t]); step += 1e-8
-                step = m / step; step *= c1[t]
+                G = mk * (2 * w * M.swapaxes(1, 2) - CE * (mu_k / sg[:, None]) + xp.sign(w) * (mu_k * l1))
+                m, v = b1 * m + (1 - b1) * G, b2 * v + (1 - b2) * G * G
+                step = c1[t] * m / (xp.sqrt(c2[t] * v) + 1e-8)
                 w = w - step * R
                 CE = c - c @ w
                 if scale: sg = scale(((eye - w) * CE).sum(1), run)
@@ -630,9 +667,10 @@ def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor
             score = (((eye - wa) * (c[at] @ (eye - wa))).sum(1) / sa).sum(1) / 2 + (sa.sum(1) / 2 if scale else 0)
             A = S[at] * eye - wa * wa
             h = d * xp.log(S[at][:, 0, 0]) - xp.linalg.slogdet(A)[1]
+            h = xp.where(xp.amin(xp.linalg.inv(A), (1, 2)) < -1e-6, h * 0 + math.inf, h)  # the last step may have left the domain
             obj = mu_k * (score + l1[at][:, 0, 0] * xp.abs(wa).sum((1, 2))) + h
             o = np.asarray(obj.cpu() if torch.is_tensor(obj) else obj)
-            if not np.isfinite(o).all(): raise FloatingPointError(f"stage {k}, iteration {t[at][0]}: the objective of graph {run[at][~np.isfinite(o)][0]} is {o[~np.isfinite(o)][0]}; lower lr={lr}")
+            if np.isnan(o).any(): raise FloatingPointError(f"stage {k}, iteration {t[at][0]}: the objective of graph {run[at][np.isnan(o)][0]} is not a number; lower lr={lr}")
             history += [dict(graph=int(run[a]), stage=k, iteration=int(t[a]), objective=float(x), h=float(y)) for a, x, y in zip(at, o, h)]
             with np.errstate(divide="ignore", invalid="ignore"): still = np.abs((prev[at] - o) / prev[at]) <= tol
             prev[at] = o
@@ -648,26 +686,25 @@ def follow_path(C: torch.Tensor,  # (b, d, d) covariances: an array, or a tensor
     bar.close()
     return W, sigma, history, converged
 
-def solve_path(C, scale, sigma0, method, threshold, names, **kw) -> DagFit:
-    "Runs `follow_path` on one covariance or a batch, in numpy on a processor and in torch on a GPU, and makes a `DagFit`."
-    c = _psd(C); one = c.ndim == 2
-    if threshold < 0: raise ValueError(f"threshold must be >= 0, got {threshold}")
-    if names is not None and len(names) != c.shape[-1]: raise ValueError(f"names must have {c.shape[-1]} entries, got {len(names)}")
-    flat = c.reshape(-1, *c.shape[-2:])
-    flat = flat if flat.is_cuda else flat.cpu().numpy()
-    if kw.get("init") is not None: kw["init"] = (lambda t: t.to(flat.device) if torch.is_tensor(flat) else t.cpu().numpy())(_square(kw["init"], "init").expand_as(c).reshape(flat.shape))
-    if kw.get("allowed") is not None:
-        a = _square(kw["allowed"], "allowed")
-        if not ((a == 0) | (a == 1)).all() or a.shape[-1] != c.shape[-1]: raise ValueError(f"allowed must be a 0/1 mask of {c.shape[-1]} nodes, got shape {tuple(a.shape)}")
-        kw["allowed"] = a.expand_as(c).reshape(flat.shape)
-    W, sigma, history, conv = follow_path(flat, scale, None if sigma0 is None else sigma0(flat), **kw)
-    last = {}
-    for r in history: last[r["graph"]] = r["objective"]
-    obj = np.array([last[i] for i in range(len(flat))])
-    shape = c.shape[:-2]
-    give = lambda x, tail: _back(torch.as_tensor(x).reshape(*shape, *tail), C) if not (one and not tail) else torch.as_tensor(x)[0].item()
-    d = c.shape[-1]
-    return _fit(C, give(W, (d, d)), method, threshold, names, sigma=give(sigma, (d,)), objective=give(obj, ()), converged=give(conv, ()), history=history)
+def solve_path(C: torch.Tensor,  # (..., d, d) covariance
+               rule: Callable | None,  # (b, d, d) covariances -> (`scale`, start of sigma) of `follow_path`; None holds sigma at 1
+               method: str, threshold: float, names: list[str] | None,
+               init: torch.Tensor | None = None, allowed: torch.Tensor | None = None, **path) -> DagFit:
+    "`follow_path` on one covariance or a batch, in numpy on a processor and in torch on a GPU, as a `DagFit`."
+    c = _psd(C); d = c.shape[-1]
+    _fit_args(d, threshold, names)
+    def flat(t): t = t.reshape(-1, d, d); return t if t.is_cuda else t.cpu().numpy()
+    if init is not None: init = flat(_expand(_square(init, "init"), c, "init"))
+    if allowed is not None:
+        allowed = _square(allowed, "allowed")
+        if not ((allowed == 0) | (allowed == 1)).all() or allowed.shape[-1] != d: raise ValueError(f"allowed must be a 0/1 mask of {d} nodes, got shape {tuple(allowed.shape)}")
+        allowed = flat(_expand(allowed, c, "allowed"))
+    scale, sigma0 = rule(flat(c)) if rule else (None, None)
+    W, sigma, history, converged = follow_path(flat(c), scale, sigma0, init=init, allowed=allowed, **path)
+    last = {r["graph"]: r["objective"] for r in history}
+    def give(x, *tail): x = torch.as_tensor(x).reshape(*c.shape[:-2], *tail); return _back(x, C) if x.ndim else x.item()
+    return _fit(C, give(W, d, d), method, threshold, names, objective=give([last[i] for i in range(len(W))]), converged=give(converged), history=history,
+                **(dict(sigma=give(sigma, d)) if rule else {}))  # least squares does not estimate the noise: `_fit` reads it off the residuals
 
 def dagma(C: torch.Tensor,  # (..., d, d) covariance
           lam: float = .05,  # l1 weight, a number or one for each graph
@@ -675,10 +712,7 @@ def dagma(C: torch.Tensor,  # (..., d, d) covariance
           **path,  # see `follow_path`: iters, lr, decay, s, mu, tol, init, allowed, callback, progress
          ) -> DagFit:
     "Least squares and the log-det acyclicity function along a central path. Source: Bello et al. 2022."
-    fit = solve_path(C, None, None, "dagma", threshold, names, lam=lam, **path)
-    E = (torch.eye(fit.W.shape[-1], dtype=fit.W.dtype) if torch.is_tensor(fit.W) else np.eye(fit.W.shape[-1])) - fit.W
-    fit.sigma = (E * (C @ E)).sum(-2)**.5  # least squares does not estimate the noise: read it off the residuals
-    return fit
+    return solve_path(C, None, "dagma", threshold, names, lam=lam, **path)
 
 # %% ../../nbs/causal/600_dag.ipynb #9edb1c16
 def sachs(log: bool = False,  # logarithm of the intensities, which are positive and skewed
