@@ -21,7 +21,6 @@ def lowest() -> list[str]:
 
 def main() -> int:
     pins = lowest()
-    names = {re.split(r"[=<>]", p)[0].lower().replace("_", "-") for p in pins}
     python = VENV / "bin" / "python"
     if not python.exists(): subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
     # the tested pins of everything else, less what the lowest versions pull along themselves

@@ -702,8 +702,8 @@ def solve_path(C: torch.Tensor,  # (..., d, d) covariance
     scale, sigma0 = rule(flat(c)) if rule else (None, None)
     W, sigma, history, converged = follow_path(flat(c), scale, sigma0, init=init, allowed=allowed, **path)
     last = {r["graph"]: r["objective"] for r in history}
-    def give(x, *tail): x = torch.as_tensor(x).reshape(*c.shape[:-2], *tail); return _back(x, C) if x.ndim else x.item()
-    return _fit(C, give(W, d, d), method, threshold, names, objective=give([last[i] for i in range(len(W))]), converged=give(converged), history=history,
+    def give(x, *tail): x = torch.as_tensor(x).reshape((*c.shape[:-2], *tail)); return _back(x, C) if x.ndim else x.item()
+    return _fit(C, give(W, d, d), method, threshold, names, objective=give(np.array([last[i] for i in range(len(W))])), converged=give(converged), history=history,
                 **(dict(sigma=give(sigma, d)) if rule else {}))  # least squares does not estimate the noise: `_fit` reads it off the residuals
 
 def dagma(C: torch.Tensor,  # (..., d, d) covariance

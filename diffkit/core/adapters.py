@@ -154,7 +154,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
                       device: torch.device | str | None = None,  # of `timesteps`
                       **kwargs) -> None:
         "Lay out the grid; what pipelines call before the loop."
-        spacing, N = self.config.timestep_spacing, len(self)
+        spacing = self.config.timestep_spacing
         end = 0. if self.config.final == "zero" else max(self.process.t_min, 0.)
         if self.config.final == "sigma_min" and spacing == "leading" and self.config.steps_offset == 0: end = 0.  # the last node is the first training step itself
         self.grid = time_grid(self.process, num_inference_steps, spacing, end=end, offset=self.config.steps_offset if spacing == "leading" else 0)

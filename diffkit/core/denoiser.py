@@ -5,7 +5,6 @@
 # %% ../../nbs/core/001_denoiser.ipynb #54fb1c00
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
@@ -135,6 +134,12 @@ class Denoiser(nn.Module):
             if isinstance(child, Denoiser): child.start(grid)
 
 
+    def reindex(self, idx: torch.Tensor) -> None:
+        "Follow a resampling of the batch, as solvers do: what a wrapper remembers a sample is resampled, too."
+        for child in self.children():
+            if isinstance(child, Denoiser): child.reindex(idx)
+
+
 class Counter(Denoiser):
     "Count the calls of a denoiser and the rows that went through it: NFE per sample = rows / batch."
     def __init__(self, denoiser: Denoiser):
@@ -256,8 +261,9 @@ def guide(anchor: Prediction,  # where we start from
     if all(shaper is None for _, _, shaper in directions):
         weights = {id(anchor): [1., anchor]}
         for (good, bad), scale, _ in directions:
-            for p, w in ((good, scale), (bad, -scale if not callable(scale) else scale)):
-                weights.setdefault(id(p), [0., p])[0] = weights.get(id(p), [0., p])[0] + w
+            for p, w in ((good, scale), (bad, -scale)):
+                entry = weights.setdefault(id(p), [0., p])  # one prediction may stand in several directions
+                entry[0] = entry[0] + w
         return combine(*zip(*weights.values()))
     spaces = {s.space for _, _, s in directions if s is not None}
     if len(spaces) > 1: raise ValueError(f"all shapers must work in one space, got {', '.join(sorted(spaces))}")
