@@ -9,7 +9,7 @@ __all__ = ['colide_sigma', 'colide_score', 'colide_profile', 'colide']
 from collections.abc import Callable
 import numpy as np
 import torch
-from .dag import _back, _psd, _square, _table, PAPER, DagFit, covariance, solve_path
+from .dag import _back, _expand, _float, _number, _psd, _residuals, _square, _table, PAPER, DagFit, covariance, solve_path
 
 # %% ../../nbs/causal/601_colide.ipynb #41bed899
 def _variance(variance):
@@ -17,17 +17,16 @@ def _variance(variance):
     return variance == "equal"
 
 def _parts(W, C):
-    w, c = _square(W, "W", finite=False), _square(C, "C")
+    w, c = _square(W), _psd(C)
     if w.shape[-1] != c.shape[-1]: raise ValueError(f"W and C must have the same nodes, got shapes {tuple(w.shape)} and {tuple(c.shape)}")
-    E = torch.eye(w.shape[-1], dtype=w.dtype, device=w.device) - w; CE = c @ E
-    return w, CE, (E * CE).sum(-2)
+    return w, *_residuals(w, c.to(w.device))
 
 def colide_sigma(W: torch.Tensor,  # (..., d, d) weights
                  C: torch.Tensor,  # (..., d, d) covariance
                  variance: str = "equal",  # "equal": one scale for all nodes; "unequal": one each
                  floor: float | torch.Tensor = 0.,  # smallest value allowed
                 ) -> torch.Tensor:  # (..., d) standard deviations; d equal ones for "equal"
-    "The noise scale that minimises the score for fixed W. Source: eq. (4) and (6) of the paper's algorithm, in closed form."
+    "The noise scale that minimises the score for fixed W, in closed form."
     _, _, r = _parts(W, C)
     s2 = r.mean(-1, keepdim=True).expand_as(r) if _variance(variance) else r
     return _back(s2.clamp(min=0).sqrt().clamp(min=floor), W)
@@ -39,18 +38,21 @@ def colide_score(W: torch.Tensor,  # (..., d, d) weights
                  lam: float = 0.,  # l1 weight
                 ) -> tuple[torch.Tensor, torch.Tensor]:  # value (...), subgradient in W (..., d, d) with sign(0) = 0
     "CoLiDE's score for a given noise scale and its gradient; equal entries of `sigma` give EV, free ones NV."
+    _number("lam", lam)
     w, CE, r = _parts(W, C)
-    s = torch.as_tensor(sigma, dtype=w.dtype, device=w.device).expand(r.shape)
+    s = _expand(_float(sigma, "sigma"), r, "sigma")
     if not (s > 0).all(): raise ValueError(f"sigma must be positive, smallest is {s.min().item():g}")
-    if lam < 0: raise ValueError(f"lam must be >= 0, got {lam}")
     value = (r / s + s).sum(-1) / 2 + lam * w.abs().sum((-2, -1))
     return _back((value, (-CE / s.unsqueeze(-2) + lam * w.sign()).detach()), W)
 
 # %% ../../nbs/causal/601_colide.ipynb #63719481
 def colide_profile(W: torch.Tensor,  # (..., d, d)
                    C: torch.Tensor,  # (..., d, d)
-                   variance: str = "equal", lam: float = 0.) -> torch.Tensor:  # (...)
-    "The score with the noise scale minimised out: $sqrt(d tr(E^T C E))$ or $sum_j sqrt(r_j)$, plus the penalty."
+                   variance: str = "equal",  # "equal" (EV) or "unequal" (NV)
+                   lam: float = 0.,  # l1 weight
+                  ) -> torch.Tensor:  # (...)
+    "The score with the noise scale minimised out: `sqrt(d * trace)` for EV, the sum of `sqrt(r_j)` for NV, plus the penalty; `trace` is the sum of all mean squared residuals `r_j`."
+    _number("lam", lam)
     w, _, r = _parts(W, C)
     v = (r.sum(-1) * r.shape[-1]).sqrt() if _variance(variance) else r.sqrt().sum(-1)
     return _back(v + lam * w.abs().sum((-2, -1)), W)
@@ -73,22 +75,21 @@ def colide(X=None,  # (..., n, d) samples: array, tensor or DataFrame; or give `
     "Estimates a linear DAG and its noise scales together. Source: Saboksayr et al. 2024, Algorithm 1."
     equal = _variance(variance)
     if (X is None) == (cov is None): raise ValueError("give either X (samples) or cov (a covariance), " + ("got neither" if X is None else "got both"))
-    if X is None: C = _psd(cov, "cov"); like = cov
+    if X is None: C, like = _psd(cov, "cov"), cov
     else:
-        t, found = _table(X); names, like = names or found, X
-        C = covariance(t)
-        if np.min(lam) == 0 and t.shape[-2] <= t.shape[-1]: raise ValueError(f"n={t.shape[-2]} samples of d={t.shape[-1]} variables give a singular covariance: use lam > 0, or pass cov with a ridge")
+        t, found = _table(X); names, like, C = names or found, X, covariance(t)
+        if not np.all(lam) and t.shape[-2] <= t.shape[-1]: raise ValueError(f"n={t.shape[-2]} samples of d={t.shape[-1]} variables give a singular covariance: use lam > 0, or pass cov with a ridge")
     unit = C.diagonal(dim1=-2, dim2=-1).log().mean(-1).exp()[..., None, None] if normalize else torch.ones_like(C[..., :1, :1])
-    C = C / unit
-    xp = lambda c: torch if torch.is_tensor(c) else np
-    sd = lambda c: xp(c).sqrt(c.diagonal(0, -2, -1))
-    flat = C.reshape(-1, *C.shape[-2:]); flat = flat if flat.is_cuda else flat.cpu().numpy()
-    floor = 1e-2 * xp(flat).amin(sd(flat), -1)[:, None]  # of each graph
-    def scale(r, run):
-        r = r.mean(1)[:, None] + 0 * r if equal else r
-        return xp(r).maximum(xp(r).sqrt(xp(r).clip(r, 0, None)), floor[run])
-    start = lambda c: xp(c).amin(sd(c), -1)[:, None] + 0 * c[:, 0] if equal else sd(c)
-    fit = solve_path(_back(C, like), scale, start, f"colide-{'ev' if equal else 'nv'}", threshold, names, lam=lam, s=s, mu=mu, iters=iters, lr=lr, decay=decay,
+
+    def rule(c):  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
+        xp = torch if torch.is_tensor(c) else np
+        sd = xp.sqrt(c.diagonal(0, 1, 2)); least = xp.amin(sd, 1)[:, None]
+        def scale(r, run):
+            r = r.mean(1)[:, None] + 0 * r if equal else r
+            return xp.maximum(xp.sqrt(xp.clip(r, 0, None)), 1e-2 * least[run])
+        return scale, least + 0 * sd if equal else sd
+
+    fit = solve_path(_back(C / unit, like), rule, f"colide-{'ev' if equal else 'nv'}", threshold, names, lam=lam, s=s, mu=mu, iters=iters, lr=lr, decay=decay,
                      tol=tol, checkpoint=checkpoint, init=init, allowed=allowed, progress=progress, callback=callback)
     fit.sigma = fit.sigma * _back(unit[..., 0]**.5, like)  # back in the units of the data
     return fit
