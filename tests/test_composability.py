@@ -105,9 +105,9 @@ def test_every_combination(solver, options, guidance, process):
     assert single.dtype == torch.float32
     random = not torch.equal(few, run(7, seed=1))
     if random:  # no path to compare: the distribution against that of a fine run
-        fine = run(64, seed=2)
-        noise = energy_distance(run(64, seed=3), fine)  # what equal distributions differ by
-        assert energy_distance(many, fine) < max(energy_distance(few, fine), 0) + abs(noise) + .05
+        fine = run(48, seed=2)
+        # two samples of 36 points of one law differ by less than 0.16 in energy distance in 99 of 100 cases (measured on this mixture): that much is luck
+        assert energy_distance(many, fine) < max(energy_distance(few, fine), 0) + .16
     else:
         t = truth(guidance, process)
         rms = lambda y: (y.double() - t).square().mean().sqrt().item()

@@ -43,10 +43,11 @@ def _number(name, x, positive=False):
 
 def _float(X, name):
     "`X` as a float64 tensor; numpy and lists are copied."
+    if torch.is_tensor(X) and not X.is_complex(): return X.double()
     try:
-        if not torch.is_tensor(X): X = np.asarray(X)
-        if X.is_complex() if torch.is_tensor(X) else np.iscomplexobj(X): raise TypeError("complex numbers")
-        return X.double() if torch.is_tensor(X) else torch.as_tensor(X.astype(np.float64))
+        a = np.asarray(X)
+        if np.iscomplexobj(a): raise TypeError("complex numbers")
+        return torch.as_tensor(a.astype(np.float64))
     except (TypeError, ValueError) as e: raise TypeError(f"{name} must be numeric, got {type(X).__name__}: {e}") from e
 
 def _square(W, name="W"):
@@ -144,6 +145,7 @@ def sem_covariance(W: torch.Tensor,  # (..., d, d)
 def _table(X):
     "A tensor (..., n, d) and the column names of an array, tensor or DataFrame."
     names = [str(c) for c in X.columns] if hasattr(X, "columns") else None
+    for c in X.columns if names else (): _float(X[c], f"X, column {str(c)!r},")  # so that the error names the column
     t = _float(X, "X").detach()
     if t.ndim < 2: raise ValueError(f"X must be (n, d), got shape {tuple(t.shape)}")
     if t.shape[-2] < 2: raise ValueError(f"X must have at least 2 samples, got n={t.shape[-2]}")

@@ -57,6 +57,10 @@ class Prediction:
     @property
     def sigma(self): return self._coef("sigma")
 
+    def know(self, alpha: float, sigma: float) -> None:
+        "Take the schedule's values at `t` from a table instead of computing them."
+        self._cache.setdefault("alpha", alpha); self._cache.setdefault("sigma", sigma)
+
     def _coef(self, name):
         if name not in self._cache:
             c = expand(getattr(self.process, name)(self.t), self.x)
@@ -75,14 +79,14 @@ class Prediction:
         x, m, a, s, kind = self.x, self.native, self.alpha, self.sigma, self.kind
         if kind == "v": return (a * x - s * m) / (a * a + s * s)
         if kind == "flow": return (x - s * m) / (a + s)
-        return (x - s * self.eps) / a
+        return torch.sub(x, self.eps, alpha=s).div_(a) if isinstance(s, float) else (x - s * self.eps) / a
 
     def _eps(self):
         x, m, a, s, kind = self.x, self.native, self.alpha, self.sigma, self.kind
         if kind == "score": self._need_gaussian(); return -s * m
         if kind == "v": return (s * x + a * m) / (a * a + s * s)
         if kind == "flow": return (x + a * m) / (a + s)
-        return (x - a * m) / s
+        return torch.sub(x, m, alpha=a).div_(s) if isinstance(a, float) else (x - a * m) / s
 
     def _v(self): return self.alpha * self.eps - self.sigma * self.x0
     def _flow(self): return self.eps - self.x0
@@ -189,6 +193,8 @@ class NetDenoiser(Denoiser):
         return x / a, d * d / (s * s + d * d), s * d / (s * s + d * d)**.5, (s * s + d * d)**-.5, (self.process.sigma(t) / self.process.alpha(t)).log() / 4
 
     def _time(self, t, x):
+        if not isinstance(t, torch.Tensor) and not self.time_input and self.predicts != "edm":
+            return torch.full((len(x),), self.process.net_time(t), dtype=x.dtype, device=x.device)  # made on the device: no copy, no wait
         if not isinstance(t, torch.Tensor): t = torch.tensor(t, dtype=torch.float64)
         t = self.time_input(t) if self.time_input else self._edm(t, x)[-1] if self.predicts == "edm" else self.process.net_time(t)
         return t.to(x.device, x.dtype).expand(len(x))

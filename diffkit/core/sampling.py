@@ -29,6 +29,10 @@ class Node(NamedTuple):
     sigma: torch.Tensor
     lam: torch.Tensor  # log_snr; +inf where sigma = 0, -inf where alpha = 0
 
+    def take(self, i: torch.Tensor) -> Node:
+        "The nodes i of a whole grid."
+        return Node(*(c[i] for c in self))
+
     @classmethod
     def at(cls, process: Process, t: torch.Tensor | float) -> Node:
         t = t.to(torch.float64) if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
@@ -108,14 +112,14 @@ class MultistepSolver(Solver):
     kind = "x0"  # the parametrisation that the table combines
     order = 1  # predictions that a row may use
 
-    def row(self, nodes: list[Node], target: Node, i: int, n: int) -> Row:
-        "Coefficients of the update from nodes[0] to the target, the past newest first; as many nodes as the order at this step."
+    def row(self, nodes: list[Node], target: Node, i: int | torch.Tensor, n: int) -> Row:
+        "Coefficients of the update from nodes[0] to the target, the past newest first; as many nodes as the order at this step. Written with tensor operations: `start` asks for all steps of one order at once, and i is then a tensor."
         raise NotImplementedError
 
     def order_at(self, i: int, n: int) -> int:
         "Order of step i of n: low at the start, for want of a past, and first order where a row would not be finite."
         k = min(self.order, i + 1)
-        return 1 if self.process.sigma(self.times[i + 1]) == 0 else k
+        return 1 if self.sigmas[i + 1] == 0 else k
 
     @property
     def reuses(self): return self.order > 1
@@ -123,16 +127,19 @@ class MultistepSolver(Solver):
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
         self.history: list[Prediction] = []  # newest last
-        n, nodes = len(self.times) - 1, [Node.at(process, t) for t in self.times]
+        n, table = len(self.times) - 1, Node.at(process, torch.tensor(self.times, dtype=torch.float64))  # the whole schedule in three calls
+        self.alphas, self.sigmas = table.alpha.tolist(), table.sigma.tolist()
         self.orders = [self.order_at(i, n) for i in range(n)]
-        self.rows = []
-        for i, k in enumerate(self.orders):
-            r = self.row(nodes[i::-1][:k], nodes[i + 1], i, n)
-            r = Row(float(r.a), [float(b) for b in r.b], float(r.c))
+        self.rows = [None] * n
+        for k in set(self.orders):  # all steps of one order at once: a row is written with tensor operations
+            at = torch.tensor([i for i in range(n) if self.orders[i] == k])
+            r = self.row([table.take(at - d) for d in range(min(k, int(at[0]) + 1))], table.take(at + 1), at, n)
+            full = lambda v: torch.as_tensor(v, dtype=torch.float64).expand(len(at)).tolist()
+            for i, a, c, *b in zip(at.tolist(), full(r.a), full(r.c), *map(full, r.b)): self.rows[i] = Row(a, b, c)
+        for i, r in enumerate(self.rows):
             if not all(math.isfinite(v) for v in (r.a, *r.b, r.c)):
                 raise ValueError(f"{self!r} has no finite update for step {i} from t={self.times[i]:.4g} to t={self.times[i + 1]:.4g} of {process!r} "
-                                 f"(log_snr {nodes[i].lam:.4g} to {nodes[i + 1].lam:.4g}): start below 1 or end above 0")
-            self.rows.append(r)
+                                 f"(log_snr {table.lam[i]:.4g} to {table.lam[i + 1]:.4g}): start below 1 or end above 0")
 
     def step(self, denoise, x, t, s): return self.advance(denoise(x, t), x, s)
 
@@ -142,6 +149,7 @@ class MultistepSolver(Solver):
                 s: torch.Tensor | float,  # target time(s)
                ) -> torch.Tensor:  # (B, ...) state at s
         "A step that needs no network: this library's loop and foreign schedulers both drive it."
+        if not isinstance(new.t, torch.Tensor) and self.i < len(self.times) and new.t == self.times[self.i]: new.know(self.alphas[self.i], self.sigmas[self.i])
         x = self.correct(x, self.history, new)
         self.history = [*self.history, new][-self.order:]
         out = self.update(x, self.history, s, self.i, len(self.times) - 1)
@@ -303,10 +311,9 @@ def _trace(denoiser, solver, x, times, cond, generator, grad, check):
     for i, (t, s) in enumerate(zip(times, times[1:])):
         with nullcontext() if grad else torch.no_grad(): x = solver.step(denoise, x, t, s)
         if check and x.is_floating_point():
-            ok = torch.isfinite(x).all()
-            if x.device.type == "cpu":
-                if not ok: raise bad(i)
-            else: finite.append(ok)  # read at the end: asking now would stall the device
+            if x.device.type == "cpu":  # one pass: a sum is finite only if every entry is; a large sum may overflow, so look again before complaining
+                if not math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) and not torch.isfinite(x).all(): raise bad(i)
+            else: finite.append(torch.isfinite(x).all())  # read at the end: asking now would stall the device
         yield State(i + 1, s, x, last)
     if finite and not (f := torch.stack(finite)).all(): raise bad(int((~f).nonzero()[0]))
 

@@ -46,10 +46,10 @@ class DPMSolverPP(MultistepSolver):
         self.kind, self.q = form, 2 if sde else 1 if form == "x0" else -1
 
     def start(self, process, grid, generator=None):
-        times = [float(t) for t in grid]
+        times = torch.as_tensor(grid).tolist()
         if self.form == "eps" and float(process.sigma(times[-1])) == 0:
             raise ValueError(f"form='eps' cannot end at t={times[-1]:.4g}, where log_snr is infinite: use form='x0' or end the grid at {process.t_min:.4g}")
-        lam = [float(process.log_snr(t)) for t in times[-3:]]
+        lam = process.log_snr(torch.tensor(times[-3:], dtype=torch.float64)).tolist()
         self.lower = lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3]) if self.lower_order_final == "auto" and len(lam) == 3 else bool(self.lower_order_final)
         super().start(process, grid, generator)
 
