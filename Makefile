@@ -59,6 +59,6 @@ smoke: $(STAMP)  ## every notebook at the sizes of a GPU, two steps of everythin
 test-lowest: settings.ini  ## the tests on the lowest versions that settings.ini promises, in a virtual environment of its own
 	@$(PYTHON) tests/lowest.py
 
-bench: $(STAMP)  ## install the peers and run the benchmarks notebook
+bench: $(STAMP)  ## install the peers and run the benchmarks notebook (on a quiet machine)
 	@$(BIN)/pip install -q -c constraints.txt -e '.[bench]' 2> >(grep -vE '^WARNING: Location' >&2)
 	@$(BIN)/diffkit run benchmarks --jobs 1

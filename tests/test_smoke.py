@@ -3,7 +3,7 @@ import pytest
 
 from diffkit.core.lab import notebooks, run_one
 
-PAPERS = {s: p for s, p in notebooks().items() if p.name[0] != "0"}
+PAPERS = {s: p for s, p in notebooks().items() if p.name[0] in "123456789"}
 
 
 @pytest.mark.parametrize("slug", PAPERS)

@@ -249,7 +249,7 @@ def run_one(path: Path,  # notebook
     return out
 
 
-def run(slugs: list | None = None,  # slugs, numbers or paths; None: all
+def run(slugs: list | None = None,  # slugs, numbers or paths; None: all but the benchmarks
         scale: str = "quick",  # size of the experiments
         jobs: int = 2,  # notebooks at once
         backend: str = "loky",  # joblib's backend; "dask" or "ray" on a cluster
@@ -261,7 +261,7 @@ def run(slugs: list | None = None,  # slugs, numbers or paths; None: all
     if jobs < 1: raise ValueError(f"jobs must be at least 1, got {jobs}")
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
-    paths = [p if isinstance(p, Path) else Path(p) if str(p).endswith(".ipynb") and Path(p).is_file() else find(str(p)) for p in (slugs or notebooks().values())]
+    paths = [p if isinstance(p, Path) else Path(p) if str(p).endswith(".ipynb") and Path(p).is_file() else find(str(p)) for p in (slugs or [p for p in notebooks().values() if p.parent.name != "benchmarks"])]  # benchmarks compare times: they are asked for by name, on a quiet machine
     out = Path(out) if out else root() / "_build" / "runs" / scale
     out.mkdir(parents=True, exist_ok=True)
 
