@@ -164,3 +164,11 @@ def test_result_and_plot():
 def test_fast_schedule_finds_a_sparse_graph():
     W, X = problem(d=10, k=1, seed=1)
     assert scores((W != 0) * 1., dagma(covariance(X), **FAST).B)["shd"] <= 1
+
+
+def test_objective_outside_the_domain_is_infinite():
+    "The last step of a stage is not followed by a domain test inside the loop; the finite log-determinant there must not be reported."
+    _, X = problem(d=6, k=1)
+    fit = dagma(covariance(X), iters=(1,), s=(1.,), mu=(1.,), lr=5.)
+    assert h_logdet(fit.raw)[0] == np.inf and fit.objective == np.inf and not fit.converged
+    assert is_dag(fit.W)
