@@ -134,7 +134,7 @@ class MultistepSolver(Solver):
         for k in set(self.orders):  # all steps of one order at once: a row is written with tensor operations
             at = torch.tensor([i for i in range(n) if self.orders[i] == k])
             r = self.row([table.take(at - d) for d in range(min(k, int(at[0]) + 1))], table.take(at + 1), at, n)
-            full = lambda v: torch.as_tensor(v, dtype=torch.float64).expand(len(at)).tolist()
+            full = lambda v, m=len(at): torch.as_tensor(v, dtype=torch.float64).expand(m).tolist()
             for i, a, c, *b in zip(at.tolist(), full(r.a), full(r.c), *map(full, r.b)): self.rows[i] = Row(a, b, c)
         for i, r in enumerate(self.rows):
             if not all(math.isfinite(v) for v in (r.a, *r.b, r.c)):
