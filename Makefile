@@ -61,4 +61,5 @@ test-lowest: settings.ini  ## the tests on the lowest versions that settings.ini
 
 bench: $(STAMP)  ## install the peers and run the benchmarks notebook (on a quiet machine)
 	@$(BIN)/pip install -q -c constraints.txt -e '.[bench]' 2> >(grep -vE '^WARNING: Location' >&2)
+	@$(BIN)/pip install -q -c constraints.txt --no-deps 'k-diffusion>=0.1.1' 2> >(grep -vE '^WARNING: Location' >&2)
 	@$(BIN)/diffkit run benchmarks --jobs 1
