@@ -533,15 +533,15 @@ def scorecard(chaps) -> str:
         rows = []
         for p in ps:
             name = f'<a href="{p.stem}.html">{inline(p.title)}</a>'
-            rows.append(f'<tr class="dk-paper"><th colspan="5" scope="rowgroup"><span class="dk-num">{p.number}</span> {name}{"" if p.claims else " <em>(no claims yet)</em>"}</th></tr>')
+            rows.append(f'<tr class="dk-paper"><th colspan="3" scope="rowgroup"><span class="dk-num">{p.number}</span> {name}{"" if p.claims else " <em>(no claims yet)</em>"}</th></tr>')
             for i, c in enumerate(p.claims, 1):
                 v = verdict_of(c)
                 expected = f'<div class="dk-idea">expected {html.escape(c["holds"])}</div>' if c.get("verdict") and c.get("holds") and c["verdict"] != c["holds"] else ""
                 scale = f'<div class="dk-idea">{html.escape(c["scale"])} scale</div>' if c.get("scale") not in (None, "", "quick") else ""
-                rows.append(f'<tr data-verdict="{v}"><td>{badge(v)}{expected}</td><td><a class="dk-claim-link" href="{p.stem}.html#claim-{i}" title="where this was measured">{inline(str(c.get("says", "")))}</a></td>'
-                            f'<td data-label="Measured">{inline(str(c.get("measured", "")))}{scale}</td><td data-label="Paper">{inline(str(c.get("paper") or ""))}</td>'
-                            f'<td data-label="Note">{inline(str(c.get("note") or ""))}</td></tr>')
-        head = "<thead><tr><th>Holds</th><th>Claim</th><th>Measured here</th><th>In the paper</th><th>Note</th></tr></thead>"
+                said, note = ("" if not c.get(k) else f'<div class="dk-idea">{label} {inline(str(c[k]))}</div>' for k, label in (("paper", "Paper:"), ("note", "Note:")))
+                rows.append(f'<tr data-verdict="{v}"><td>{badge(v)}{expected}</td><td><a class="dk-claim-link" href="{p.stem}.html#claim-{i}" title="where this was measured">{inline(str(c.get("says", "")))}</a>{said}</td>'
+                            f'<td data-label="Measured">{inline(str(c.get("measured", "")))}{scale}{note}</td></tr>')
+        head = "<thead><tr><th>Holds</th><th>Claim</th><th>Measured here</th></tr></thead>"
         out.append(f"## {title} {{#{folder}}}\n\n" + raw_html(f'<div class="dk-table"><table class="dk-claims">{head}<tbody>{"".join(rows)}</tbody></table></div>'))
     if not every: out.append("No claims yet.")
     script = ("<script>document.querySelectorAll('.dk-filter button').forEach((b, _, all) => b.addEventListener('click', () => { const v = b.dataset.show;"
