@@ -18,6 +18,13 @@ Y = X @ torch.tensor([[1.], [-2.], [3.]]) + .5
 QUIET = dict(progress=False, seed=5)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():  # a process started in the background ignores Ctrl-C; these tests are about one that does not
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def linear():
     torch.manual_seed(4)
     return nn.Linear(3, 1)
