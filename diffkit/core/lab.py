@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from html import escape
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -195,10 +196,12 @@ def scorecard() -> list[dict]:  # one row a claim, with "slug" and "title" added
     return [{"slug": s, "title": title(p)[0], "path": str(p.relative_to(root())), **c} for s, p in notebooks().items() for c in claims(p)]
 
 # %% ../../nbs/core/009_lab.ipynb #c0a8032f
-def _key(path, scale):  # a notebook's identity: its sources and the scale, not its outputs
+def _key(path, scale):  # what a result depends on: the notebook's sources (not its outputs), the package's, the scale
     import hashlib
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return hashlib.sha256(json.dumps([scale] + ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]).encode()).hexdigest()[:16]
+    h = hashlib.sha256(json.dumps([scale] + ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]).encode())
+    for p in sorted(Path(find_spec("diffkit").submodule_search_locations[0]).rglob("*.py")): h.update(p.read_bytes())
+    return h.hexdigest()[:16]
 
 
 def write_atomic(path: str | Path,  # file to write
