@@ -51,8 +51,8 @@ def steps_of(solver, kind="eps"):
     return counts
 
 
-# a weighted sum of order k is k + 1 passes over the state; to get x_0 from eps takes at most 3 more
-@pytest.mark.parametrize("solver,passes", [(DDIM(), 5), (DPMSolverPP(2), 6), (DPMSolverPP(3), 7)], ids=["DDIM", "2M", "3M"])
+# a weighted sum of order k is k + 1 passes over the state; x_0 up to a factor is one more
+@pytest.mark.parametrize("solver,passes", [(DDIM(), 3), (DPMSolverPP(2), 4), (DPMSolverPP(3), 5)], ids=["DDIM", "2M", "3M"])
 def test_a_step_is_a_handful_of_passes(solver, passes):
     counts = steps_of(solver)
     assert max(len(c.big) for c in counts) <= passes, counts[-1].big
@@ -124,7 +124,7 @@ def test_ratio_to_diffusers():
 
 
 def test_a_step_beside_the_tables():
-    "The same without what is done once a run: the bound for the steps alone is a quarter."
+    "The same without what is done once a run. Measured: 0.09 to 0.10; the bound is twice that."
     diffusers = pytest.importorskip("diffusers")
     x, out = state()
     solver, sch, took = DPMSolverPP(2), diffusers.DPMSolverMultistepScheduler(), []
@@ -136,7 +136,7 @@ def test_a_step_beside_the_tables():
         y = x
         for t in sch.timesteps: y = sch.step(out, t, y, return_dict=False)[0]
         took.append((t1 - t0) / (time.perf_counter() - t1))
-    assert statistics.median(took) <= .25
+    assert statistics.median(took) <= .2
 
 
 def python(code):

@@ -21,6 +21,7 @@ __all__ = ['KINDS', 'Prediction', 'combine', 'Denoiser', 'Counter', 'count_evals
 
 # %% ../../nbs/core/001_denoiser.ipynb #b34cbcd4
 KINDS = ("x0", "eps", "v", "score", "flow")
+_PLANE = dict(x0=lambda a, s: (1., 0.), eps=lambda a, s: (0., 1.), v=lambda a, s: (-s, a), flow=lambda a, s: (-1., 1.), score=lambda a, s: (0., -1.))  # coordinates in the plane of x_0 and eps; the score times sigma
 
 
 class Prediction:
@@ -37,7 +38,7 @@ class Prediction:
         if kind not in KINDS: raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if native.shape != x.shape: raise ValueError(f"a prediction must have the shape of x, {tuple(x.shape)}, got {tuple(native.shape)}")
         self.x, self.t, self.process, self.native, self.kind = x, t, process, native, kind
-        self.extra, self.parts, self._cache = extra or {}, parts, {kind: native}
+        self.extra, self.parts, self._cache, self._scaled = extra or {}, parts, {kind: native}, {}
 
     @classmethod
     def of(cls,
@@ -64,33 +65,40 @@ class Prediction:
     def _coef(self, name):
         if name not in self._cache:
             c = expand(getattr(self.process, name)(self.t), self.x)
-            self._cache[name] = c if c.ndim == 0 else c.to(self.x.dtype)
+            if c.ndim: c = c.to(self.x.dtype)
+            elif not isinstance(self.t, torch.Tensor) and not c.requires_grad: c = c.item()  # a number where one time holds for all samples
+            self._cache[name] = c
         return self._cache[name]
+
+    def _weights(self, kind):  # (p, q): the quantity is p x + q native, by Cramer's rule in the plane of x_0 and eps
+        a, s = self.alpha, self.sigma
+        (k0, k1), (n0, n1) = _PLANE[kind](a, s), _PLANE[self.kind](a, s)
+        if (kind == "score" or self.kind == "score") and not self.process.gaussian: raise ValueError(f"{self.process!r} has no Gaussian kernel, so noise and score are not -eps / sigma of each other")
+        det = a * n1 - s * n0
+        if isinstance(det, float) and not det or kind == "score" and isinstance(s, float) and not s:
+            raise ValueError(f"a prediction of {self.kind} does not determine {kind} at t={float(self.t):.4g}, where alpha={a:.4g} and sigma={s:.4g}")
+        p, q = (k0 * n1 - k1 * n0) / det, (a * k1 - s * k0) / det
+        if self.kind == "score": q = q * s
+        return (p / s, q / s) if kind == "score" else (p, q)
+
+    def scaled(self,
+               kind: str,  # one of KINDS
+              ) -> tuple[torch.Tensor, float]:  # (y, c): the prediction is c y
+        "The prediction up to a known factor, which a weighted sum takes into its weight: one pass over the state instead of two."
+        if kind == self.kind: return self.native, 1.
+        if kind not in self._scaled:
+            p, q = self._weights(kind)
+            if not isinstance(p, float) or not isinstance(q, float): self._scaled[kind] = p * self.x + q * self.native, 1.
+            elif abs(p) >= abs(q): self._scaled[kind] = torch.add(self.x, self.native, alpha=q / p), p
+            else: self._scaled[kind] = torch.add(self.native, self.x, alpha=p / q), q
+        return self._scaled[kind]
 
     def __getattr__(self, name):
         if name not in KINDS: raise AttributeError(name)
-        if name not in self._cache: self._cache[name] = getattr(self, "_" + name)()
+        if name not in self._cache:
+            y, c = self.scaled(name)
+            self._cache[name] = y * c if c != 1 else y
         return self._cache[name]
-
-    def _need_gaussian(self):
-        if not self.process.gaussian: raise ValueError(f"{self.process!r} has no Gaussian kernel, so noise and score are not -eps / sigma of each other")
-
-    def _x0(self):
-        x, m, a, s, kind = self.x, self.native, self.alpha, self.sigma, self.kind
-        if kind == "v": return (a * x - s * m) / (a * a + s * s)
-        if kind == "flow": return (x - s * m) / (a + s)
-        return torch.sub(x, self.eps, alpha=s).div_(a) if isinstance(s, float) else (x - s * self.eps) / a
-
-    def _eps(self):
-        x, m, a, s, kind = self.x, self.native, self.alpha, self.sigma, self.kind
-        if kind == "score": self._need_gaussian(); return -s * m
-        if kind == "v": return (s * x + a * m) / (a * a + s * s)
-        if kind == "flow": return (x + a * m) / (a + s)
-        return torch.sub(x, m, alpha=a).div_(s) if isinstance(a, float) else (x - a * m) / s
-
-    def _v(self): return self.alpha * self.eps - self.sigma * self.x0
-    def _flow(self): return self.eps - self.x0
-    def _score(self): self._need_gaussian(); return -self.eps / self.sigma
 
     def get(self, kind: str) -> torch.Tensor:
         "The prediction in the parametrisation `kind`."

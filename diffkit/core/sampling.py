@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
@@ -50,6 +51,9 @@ def first_order(node: Node, target: Node) -> Row:  # for x0 predictions
     "DDIM's step in data-prediction form: finite at sigma = 0 and at alpha = 0, for any process."
     a = target.sigma / node.sigma
     return Row(a, (-target.alpha * torch.expm1(node.lam - target.lam),))  # alpha_s (1 - e^-h)
+
+
+_ZERO = torch.zeros(())  # 0 + a x: a product with a number takes twice as long on small states
 
 
 class Solver:
@@ -127,7 +131,9 @@ class MultistepSolver(Solver):
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
         self.history: list[Prediction] = []  # newest last
-        n, table = len(self.times) - 1, Node.at(process, torch.tensor(self.times, dtype=torch.float64))  # the whole schedule in three calls
+        n = len(self.times) - 1
+        if self.order > n: warnings.warn(f"order {self.order} is lowered to {n}: more predictions than {n} steps make", stacklevel=4)
+        table = Node.at(process, torch.tensor(self.times, dtype=torch.float64))  # the whole schedule in three calls
         self.alphas, self.sigmas = table.alpha.tolist(), table.sigma.tolist()
         self.orders = [self.order_at(i, n) for i in range(n)]
         self.rows = [None] * n
@@ -171,9 +177,11 @@ class MultistepSolver(Solver):
         "The weighted sum. `x` is the base of the step, which after a corrector is not history[-1].x."
         a, b, c = self.coefficients(history, s, i, n)
         if isinstance(a, float):
-            out = x * a
+            out = torch.add(_ZERO, x, alpha=a)
             for w, p in zip(b, reversed(history)):
-                if w: out = out.add_(p.get(self.kind), alpha=w)
+                if w:
+                    y, c_y = p.scaled(self.kind)
+                    out = out.add_(y, alpha=w * c_y)
             return out.add_(self.draw(x, i), alpha=c) if c else out
         out = (expand(a, x) * x + sum(expand(w, x) * p.get(self.kind) for w, p in zip(b, reversed(history)))).to(x.dtype)
         return out + (expand(c, x) * self.draw(x, i)).to(x.dtype) if torch.as_tensor(c).any() else out
