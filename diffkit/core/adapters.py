@@ -204,4 +204,5 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
 def _from_config(config: dict) -> Solver:
     module, _, name = config["class"].rpartition(".")
     if module.split(".")[0] != "diffkit": raise ValueError(f"a scheduler config may only name solvers of diffkit, got {config['class']!r}")
-    return getattr(importlib.import_module(module), name)(**config["args"])
+    args = {k: _from_config(v) if isinstance(v, dict) and set(v) == {"class", "args"} else v for k, v in config["args"].items()}  # a solver around a solver
+    return getattr(importlib.import_module(module), name)(**args)

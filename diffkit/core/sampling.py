@@ -103,16 +103,16 @@ class Solver:
 
     def config(self) -> dict:  # {"class": "module.Name", "args": {...}}, plain enough for JSON if the arguments are
         "How this solver was made."
-        args = {k: v for k, v in self._init.items() if not (k in ("args", "kwargs") and not v)}
+        args = {k: v.config() if isinstance(v, Solver) else v for k, v in self._init.items() if not (k in ("args", "kwargs") and not v)}
         return {"class": f"{type(self).__module__}.{type(self).__qualname__}", "args": args}
 
     def __repr__(self):
-        args = ", ".join(f"{k}=..." if isinstance(v, torch.Tensor) else f"{k}={v!r}" for k, v in self.config()["args"].items())
+        args = ", ".join(f"{k}=..." if isinstance(v, torch.Tensor) else f"{k}={v!r}" for k, v in self._init.items() if not (k in ("args", "kwargs") and not v))
         return f"{type(self).__name__}({args})"
 
 
 class MultistepSolver(Solver):
-    "One evaluation a step; an update is one row of a table. A subclass gives `row`, and may override `order_at`, `correct` or `update`."
+    "One evaluation a step; an update is one row of a table. A subclass gives `row`, and may override `order_at`, `kind_at`, `correct` or `update`."
     kind = "x0"  # the parametrisation that the table combines
     order = 1  # predictions that a row may use
 
@@ -124,6 +124,10 @@ class MultistepSolver(Solver):
         "Order of step i of n: low at the start, for want of a past, and first order where a row would not be finite."
         k = min(self.order, i + 1)
         return 1 if self.sigmas[i + 1] == 0 else k
+
+    def kind_at(self, order: int) -> str:
+        "The parametrisation that a row of so many predictions combines."
+        return self.kind
 
     @property
     def reuses(self): return self.order > 1
@@ -176,14 +180,15 @@ class MultistepSolver(Solver):
     def update(self, x, history, s, i, n) -> torch.Tensor:
         "The weighted sum. `x` is the base of the step, which after a corrector is not history[-1].x."
         a, b, c = self.coefficients(history, s, i, n)
+        kind = self.kind_at(len(b))
         if isinstance(a, float):
             out = torch.add(_ZERO, x, alpha=a)
             for w, p in zip(b, reversed(history)):
                 if w:
-                    y, c_y = p.scaled(self.kind)
+                    y, c_y = p.scaled(kind)
                     out = out.add_(y, alpha=w * c_y)
             return out.add_(self.draw(x, i), alpha=c) if c else out
-        out = (expand(a, x) * x + sum(expand(w, x) * p.get(self.kind) for w, p in zip(b, reversed(history)))).to(x.dtype)
+        out = (expand(a, x) * x + sum(expand(w, x) * p.get(kind) for w, p in zip(b, reversed(history)))).to(x.dtype)
         return out + (expand(c, x) * self.draw(x, i)).to(x.dtype) if torch.as_tensor(c).any() else out
 
     def reindex(self, idx): self.history = [p.index(idx) for p in self.history]
