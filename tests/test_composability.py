@@ -12,9 +12,10 @@ import torch
 import diffkit.core.process as P
 from diffkit._modidx import d as index
 from diffkit.core.data import GaussianMixture, ring
-from diffkit.core.denoiser import Denoiser, MixtureDenoiser
+from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction
 from diffkit.core.metrics import energy_distance
 from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
+from diffkit.solvers.t_stitch import stitch
 
 MODULES = [importlib.import_module(m) for m in index["syms"] if m.split(".")[1] in ("core", "solvers", "guidance") and not m.endswith(("adapters", "show", "lab", "zoo", "training"))]
 MIX = GaussianMixture(ring(6).means, scales=.25, labels=[0, 0, 1, 1, 2, 2])  # two components a class, so that the conditional flow bends, too
@@ -30,7 +31,8 @@ def log_prob(process):
 
 
 # what a parameter without a default gets, by name; `steps` is the number of steps of the grid
-ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM()}
+ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(),
+             "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], .5)}
 VARIANTS = {"DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
 
 
@@ -113,3 +115,30 @@ def test_every_combination(solver, options, guidance, process):
         rms = lambda y: (y.double() - t).square().mean().sqrt().item()
         assert rms(many) < rms(few)
         assert (single.double() - few).abs().max() < 1e-3 * (1 + few.abs().max())
+
+
+MULTISTEP = [p for p in solvers() if issubclass(p.values[0], MultistepSolver) and p.values[0].__name__ != "EulerMaruyama"]
+
+
+@pytest.mark.parametrize("solver,options", MULTISTEP)
+@pytest.mark.parametrize("door", ["epsilon", "v_prediction", "flow_prediction"])
+def test_both_doors(solver, options, door):
+    "A pipeline's loop with the solver as its scheduler, and `sample` on the same grid, step the same; the scheduler survives being saved."
+    pytest.importorskip("diffusers")
+    from diffkit.core.adapters import DiffusersScheduler
+    kind = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}[door]
+    sch = DiffusersScheduler(solver(**fill(solver, None, options)), prediction_type=door)
+    sch = DiffusersScheduler.from_config(sch.config)
+    sch.set_timesteps(9)
+    class Says(MixtureDenoiser):  # the same knowledge, put out as the pipeline's model puts it
+        def forward(self, x, t, label=None): return Prediction.of(x, t, self.process, **{kind: super().forward(x, t, label).get(kind)})
+    d, x = Says(MIX, sch.process), X.float()
+    try: want = sample(d, sch.solver, x, sch.grid, cond={"label": LABEL}, generator=torch.Generator().manual_seed(0), progress=False)
+    except ValueError as e:  # noise forms cannot start at alpha = 0: the pipeline must be told the same
+        assert door == "flow_prediction" and "alpha" in str(e) or "start below 1" in str(e)
+        with pytest.raises(ValueError): sch.set_timesteps(9); sch.step(x, sch.timesteps[0], x)
+        return
+    g, y = torch.Generator().manual_seed(0), x
+    sch.set_timesteps(9)
+    for t, u in zip(sch.timesteps, sch.grid.tolist()): y = sch.step(d(y, u, label=LABEL).get(kind), t, y, generator=g).prev_sample
+    assert (y - want).abs().max() < 1e-5 * max(1, want.abs().max())  # the same sums of the same numbers; rounding alone
