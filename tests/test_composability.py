@@ -5,6 +5,7 @@ A class or function that needs more than its defaults says so in `ARGUMENTS`; wh
 import importlib
 import inspect
 import typing
+import warnings
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 import diffkit.core.process as P
 from diffkit._modidx import d as index
 from diffkit.core.data import GaussianMixture, ring
-from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction
+from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, count_evals
 from diffkit.core.metrics import energy_distance
 from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
 from diffkit.solvers.t_stitch import stitch
@@ -142,3 +143,21 @@ def test_both_doors(solver, options, door):
     sch.set_timesteps(9)
     for t, u in zip(sch.timesteps, sch.grid.tolist()): y = sch.step(d(y, u, label=LABEL).get(kind), t, y, generator=g).prev_sample
     assert (y - want).abs().max() < 1e-5 * max(1, want.abs().max())  # the same sums of the same numbers; rounding alone
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("solver,options", solvers())
+def test_a_grid_may_end_at_exactly_zero_and_be_short(solver, options, process):
+    "At t = 0 there is no noise. Every solver gets there, or says before the first evaluation that it cannot; and one step is enough for those without a warm-up."
+    x = X * process.sigma(.9)  # from where alpha is small, but not so small that Runge-Kutta's look ahead is multiplied a thousandfold (notebook 201)
+    for steps in (12, 2, 1):
+        grid = P.time_grid(process, steps, "uniform", .9, 0.)
+        s, d = solver(**fill(solver, process, options)), MixtureDenoiser(MIX, process)
+        with count_evals(d) as n, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the order that is lowered
+            try: y = sample(d, s, x, grid, cond={"label": LABEL}, generator=torch.Generator().manual_seed(0), progress=False)
+            except ValueError as e:
+                assert n.calls == 0 and any(w in str(e) for w in ("cannot end", "at least", "end above 0", "infinite")), e
+                continue
+        assert torch.isfinite(y).all()
+        if steps == 12: assert (y.norm(dim=1) - 1).abs().median() < .5  # near the ring
