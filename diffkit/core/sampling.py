@@ -20,7 +20,7 @@ from .process import VP, Process, check_grid, expand, time_grid
 
 # %% auto #0
 __all__ = ['Node', 'Row', 'first_order', 'Solver', 'MultistepSolver', 'DDIM', 'Ancestral', 'Euler', 'EulerMaruyama', 'Heun',
-           'State', 'trace', 'sample', 'exact_flow', 'rms', 'solver_errors', 'observed_order']
+           'State', 'check_run', 'trace', 'sample', 'exact_flow', 'rms', 'solver_errors', 'observed_order']
 
 # %% ../../nbs/core/002_sampling.ipynb #f878a297
 class Node(NamedTuple):
@@ -280,7 +280,13 @@ class State(NamedTuple):
     prediction: Prediction | None  # the last one that was made
 
 
-def _check(denoiser, solver, x, grid, cond):
+def check_run(denoiser: Denoiser,  # the model, guided or not
+              solver: Solver,  # the update rule
+              x: torch.Tensor,  # (B, ...) state at grid[0]
+              grid: torch.Tensor,  # (steps + 1,) decreasing times
+              cond: dict | None = None,  # conditions
+             ) -> list[float]:  # the times of the grid
+    "Raise what `sample` refuses, before any work is done."
     if not isinstance(denoiser, Denoiser): raise TypeError(f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as NetDenoiser(net, process, predicts=...)")
     if not isinstance(solver, Solver): raise TypeError(f"solver must be a Solver instance, e.g. DDIM(), got {solver!r}")
     if not isinstance(x, torch.Tensor) or x.ndim < 1: raise TypeError(f"x must be a tensor of shape (B, ...), got {type(x).__name__}")
@@ -305,7 +311,7 @@ def trace(denoiser: Denoiser,  # the model, guided or not
           check: bool = True,  # stop at a state that is not finite
          ) -> Iterator[State]:
     "The loop over time as a stream of states, the start included."
-    times = _check(denoiser, solver, x, grid, cond)
+    times = check_run(denoiser, solver, x, grid, cond)
     return _trace(denoiser, solver, x, times, cond or {}, generator, grad, check)  # a generator of its own, so that bad input raises at the call and not at the first state
 
 

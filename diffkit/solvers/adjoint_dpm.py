@@ -16,7 +16,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..core.denoiser import Denoiser
-from ..core.sampling import DDIM, Node, _check, first_order
+from ..core.sampling import DDIM, Node, check_run, first_order
 
 # %% auto #0
 __all__ = ['METHODS', 'saved_bytes', 'RhoField', 'Tableau', 'rk_step', 'adjoint_sample', 'optimize_noise']
@@ -246,7 +246,7 @@ def adjoint_sample(denoiser: Denoiser,  # the model, guided or not
     if gradient not in ("adjoint", "exact", "backprop"): raise ValueError(f"gradient must be adjoint, exact or backprop, got {gradient!r}")
     if states not in ("stored", "recomputed"): raise ValueError(f"states must be stored or recomputed, got {states!r}")
     if states == "recomputed" and gradient != "adjoint": raise ValueError(f"states='recomputed' needs gradient='adjoint', got gradient={gradient!r}")
-    times = _check(denoiser, DDIM(), x, grid, cond)
+    times = check_run(denoiser, DDIM(), x, grid, cond)
     if not x.is_floating_point(): raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
     params = [p for p in denoiser.parameters() if p.requires_grad] if params is None else list(params)
     for i, p in enumerate(params):
