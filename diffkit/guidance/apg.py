@@ -112,6 +112,11 @@ class APG:
         par, orth = project(d, good, self.dims)
         return orth + self.eta * par
 
+    def reindex(self, idx: torch.Tensor) -> None:
+        "Follow a resampling of the batch."
+        pick = lambda v: v[idx] if isinstance(v, torch.Tensor) and v.ndim else v
+        self.t, self.before, self.now = pick(self.t), pick(self.before), pick(self.now)
+
     def copy(self) -> APG:
         "The same settings with an empty memory."
         return type(self)(self.eta, self.r, self.beta, self.space, self.dims)
@@ -145,6 +150,13 @@ class ProjectedGuidance(Guided):
             if _same(c, cond): return s
         self.memories = [*self.memories[-3:], (cond, self.shaper.copy())]
         return self.memories[-1][1]
+
+    def reindex(self, idx):
+        pick = lambda v: v[idx] if isinstance(v, torch.Tensor) and v.ndim else v
+        self.memories = [({k: pick(v) for k, v in c.items()}, s) for c, s in self.memories]
+        for s in [self.shaper, *(s for _, s in self.memories)]:
+            if hasattr(s, "reindex"): s.reindex(idx)
+        super().reindex(idx)
 
     def forward(self, x, t, **cond):
         if not self.active(t): return self.inner(x, t, **cond)

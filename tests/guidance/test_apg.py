@@ -259,3 +259,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="dims"): project(randn(2, 3), randn(2, 3), dims=2)
     with pytest.raises(ValueError, match="dims"): project(randn(4), randn(4))  # no dimension but the batch
     with pytest.raises(ValueError, match="one space"): guide(*(lambda p: (p, [((p, p), 1., APG()), ((p, p), 1., APG(space="eps"))]))(Prediction.of(randn(2, 2), .5, VP(), x0=randn(2, 2))))
+
+
+@pytest.mark.parametrize("beta", [0., -.5])
+def test_the_memory_follows_a_resampling(beta):
+    "Resample in the middle of a path: the same as if the chosen rows had gone all the way twice."
+    d, idx, grid = net(), torch.tensor([3, 3, 0, 1]), time_grid(VP(), 6)
+    x, y = randn(4, 2), torch.tensor([.5, 1., -1., 2.], dtype=F64)
+
+    def run(x, label, swap):
+        g, s = apg(d, 3., beta=beta), DPMSolverPP(2)
+        g.start(grid); s.start(VP(), grid)
+        for i, (t, u) in enumerate(zip(grid.tolist(), grid.tolist()[1:])):
+            if i == 3 and swap: x, label = x[idx], label[idx]; g.reindex(idx); s.reindex(idx)
+            x = s.step(lambda z, v: g(z, v, label=label), x, t, u)
+        return x
+    assert_close(run(x, y, True), run(x[idx], y[idx], False), rtol=1e-12, atol=1e-12)
