@@ -11,7 +11,7 @@ import torch
 
 from ..core.data import GaussianMixture
 from ..core.denoiser import Denoiser, MixtureDenoiser, cfg
-from ..core.process import VP, Process, time_grid
+from ..core.process import VP, Process
 from ..core.sampling import Node, Solver, exact_flow, rms
 
 # %% auto #0

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ..core.denoiser import Denoiser, Prediction
-from ..core.process import Process
 from ..core.sampling import Solver, sample
 
 # %% auto #0

@@ -272,6 +272,6 @@ def test_the_memory_follows_a_resampling(beta):
         g.start(grid); s.start(VP(), grid)
         for i, (t, u) in enumerate(zip(grid.tolist(), grid.tolist()[1:])):
             if i == 3 and swap: x, label = x[idx], label[idx]; g.reindex(idx); s.reindex(idx)
-            x = s.step(lambda z, v: g(z, v, label=label), x, t, u)
+            x = s.step(lambda z, v, label=label: g(z, v, label=label), x, t, u)
         return x
     assert_close(run(x, y, True), run(x[idx], y[idx], False), rtol=1e-12, atol=1e-12)
