@@ -11,7 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from diffkit.core.denoiser import NetDenoiser, Prediction
 from diffkit.core.process import Discrete, time_grid
 from diffkit.core.sampling import DDIM, sample
+from diffkit.solvers.dc_solver import DCSolver, UniPC
+from diffkit.solvers.deis import DEIS
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
+from diffkit.solvers.momentum import GHVB, HeavyBall
+from diffkit.solvers.pndm import PLMS
 
 N, P = 20, Discrete()
 GRID = time_grid(P, N, "linspace")
@@ -63,6 +67,20 @@ def test_a_step_is_a_handful_of_passes(solver, passes):
 @pytest.mark.parametrize("kind", ["x0", "eps", "v"])
 def test_a_step_never_waits_for_the_device(solver, kind):
     assert not [c.waits for c in steps_of(solver, kind) if c.waits]
+
+
+# state-sized passes a step, as measured: order + 1 for the sum, one for each conversion; a corrector, a compensation or an averaged velocity is a sum of its own. A table computed in a step would be dozens more
+CHAPTER = {"PLMS": (PLMS(4), 6), "tAB3": (DEIS(4), 6), "flow": (DEIS(3, "flow"), 6), "UniPC": (UniPC(2), 8), "DC": (DCSolver([1.] * 8 + [1.2] * (N - 8)), 16), "GHVB": (GHVB(4, .5), 8), "HB": (HeavyBall(DPMSolverPP(2)), 10)}
+
+
+@pytest.mark.parametrize("name", CHAPTER)
+def test_all_multistep_solvers_work_from_tables(name):
+    "No waiting for the device in any step, and next to no operations on numbers: all coefficients were computed in `start`."
+    solver, passes = CHAPTER[name]
+    counts = steps_of(solver)
+    assert not [c.waits for c in counts if c.waits]
+    assert max(len(c.big) for c in counts) <= passes, counts[-1].big
+    assert max(len(c.all) for c in counts) <= passes + 3, counts[-1].all
 
 
 def test_the_counter_counts():  # a test of the test: an .item() and a superfluous pass are seen
