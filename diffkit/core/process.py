@@ -188,7 +188,9 @@ class Cosine(Process):
         v = math.pi / 2 / (1 + self.s)
         # alpha^2 + var = 1, so tan^2 of the angle follows from alpha^2 / (1/sin^2 v - alpha^2); atan2 is well-conditioned at both ends
         a2, var = torch.sigmoid(2 * log_snr) * math.sin(v)**2, torch.sigmoid(-2 * log_snr) * math.sin(v)**2
-        return 1 - torch.atan2(a2.sqrt(), (math.cos(v)**2 + var).sqrt()) / v
+        u = torch.atan2(a2.sqrt(), (math.cos(v)**2 + var).sqrt())
+        # near t = 0, where u is close to v, the difference follows from sin(v - u) sin(v + u) = var: all digits of a small t, where 1 - u / v would keep few
+        return torch.where(var < .5, (var / (v + u).sin().clamp(min=1e-300)).clamp(max=.99).asin() / v, 1 - u / v)
 
 # %% ../../nbs/core/000_process.ipynb #1cc843e1
 class Discrete(Process):
