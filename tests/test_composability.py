@@ -55,7 +55,7 @@ def guidances() -> list: return list(_guidances())
 def _solvers():
     for m in MODULES:
         for name, c in vars(m).items():
-            if isinstance(c, type) and issubclass(c, Solver) and c.__module__ == m.__name__ and c not in (Solver, MultistepSolver) and not name.startswith("_"):
+            if isinstance(c, type) and issubclass(c, Solver) and c.__module__ == m.__name__ and c not in (Solver, MultistepSolver) and not name.startswith("_") and not getattr(c, "discrete", False):
                 for v in VARIANTS.get(name, [{}]): yield pytest.param(c, v, id=f"{name}{''.join(f'-{k}={x}' for k, x in v.items())}")
 
 
