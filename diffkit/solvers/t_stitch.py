@@ -101,7 +101,7 @@ def stitch(models: Sequence[Denoiser],  # small to large, of one process
            by: str = "step",  # "step": round(r * steps) steps; "time": where t > 1 - r
            grid: torch.Tensor | None = None,  # times of the sampler, for callers that do not announce them; `sample` does
           ) -> Stitched:
-    "Hand over from model to model along the path, first model at high noise. Source: arXiv 2402.14167, section 3."
+    "Hand over from model to model along the path, first model at high noise. Source: arXiv 2402.14167."
     return Stitched(models, fractions, by, grid)
 
 # %% ../../nbs/solvers/209_t_stitch.ipynb #c3346889
