@@ -20,7 +20,8 @@ from .process import VP, Process, check_grid, expand, time_grid
 
 # %% auto #0
 __all__ = ['Node', 'Row', 'first_order', 'Solver', 'MultistepSolver', 'DDIM', 'Ancestral', 'Euler', 'EulerMaruyama', 'Heun',
-           'State', 'check_run', 'trace', 'sample', 'exact_flow', 'rms', 'solver_errors', 'observed_order']
+           'State', 'check_run', 'trace', 'BoundDenoiser', 'sample', 'exact_flow', 'rms', 'solver_errors',
+           'observed_order']
 
 # %% ../../nbs/core/002_sampling.ipynb #f878a297
 class Node(NamedTuple):
@@ -315,12 +316,31 @@ def trace(denoiser: Denoiser,  # the model, guided or not
     return _trace(denoiser, solver, x, times, cond or {}, generator, grad, check)  # a generator of its own, so that bad input raises at the call and not at the first state
 
 
+class BoundDenoiser:
+    "The denoiser with its conditions, as the loop hands it to `Solver.step`: `(x, t) -> Prediction`."
+    def __init__(self, denoiser: Denoiser, cond: dict, batch: int):
+        self.denoiser, self.cond, self.batch, self.rows, self.last = denoiser, cond, batch, batch, None  # rows and prediction of the last call
+
+    def cond_for(self, n: int) -> dict:  # conditions for n rows
+        "The conditions, each repeated in place where a solver tries m candidates a sample (the order of `Prediction.repeat`)."
+        if n == self.batch: return self.cond
+        if n % self.batch: raise ValueError(f"a solver called the model with {n} rows, which is no multiple of the batch of {self.batch}")
+        return {k: v.repeat_interleave(n // self.batch, 0) if isinstance(v, torch.Tensor) and v.ndim and len(v) == self.batch else v for k, v in self.cond.items()}
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor | float) -> Prediction:
+        self.rows, self.last = len(x), self.denoiser(x, t, **self.cond_for(len(x)))
+        return self.last
+
+    def reindex(self, idx: torch.Tensor) -> None:
+        "Say that row i goes on from row idx[i] of the last call: what wrappers remember a sample follows. A solver that resamples calls this."
+        for (k, v), w in zip(self.cond_for(self.rows).items(), self.cond_for(len(idx)).values()):
+            if isinstance(v, torch.Tensor) and v.ndim and len(v) == self.rows and not torch.equal(v[idx], w):
+                raise ValueError(f"resampling would carry a sample to another condition: cond[{k!r}] differs within a group; resample within groups of equal conditions")
+        self.denoiser.reindex(idx)
+
+
 def _trace(denoiser, solver, x, times, cond, generator, grad, check):
-    last = None
-    def denoise(x, t):
-        nonlocal last
-        last = denoiser(x, t, **cond)
-        return last
+    denoise = BoundDenoiser(denoiser, cond, len(x))
     denoiser.start(torch.tensor(times, dtype=torch.float64))
     solver.start(denoiser.process, torch.tensor(times, dtype=torch.float64), generator)
     finite = []
@@ -333,7 +353,7 @@ def _trace(denoiser, solver, x, times, cond, generator, grad, check):
             if x.device.type == "cpu":  # one pass: a sum is finite only if every entry is; a large sum may overflow, so look again before complaining
                 if not math.isfinite(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)).item()) and not torch.isfinite(x).all(): raise bad(i)
             else: finite.append(torch.isfinite(x).all())  # read at the end: asking now would stall the device
-        yield State(i + 1, s, x, last)
+        yield State(i + 1, s, x, denoise.last)
     if finite and not (f := torch.stack(finite)).all(): raise bad(int((~f).nonzero()[0]))
 
 
