@@ -312,9 +312,10 @@ class Guided(Denoiser):
         if not over: raise ValueError(f"{type(self).__name__} needs to know what unconditional means: pass uncond={{...}} or set the denoiser's null, e.g. NetDenoiser(..., null={{'label': 10}})")
         return {**cond, **over}
 
-    def scale_at(self, t, x) -> float | torch.Tensor:
-        "The scale at time t, lined up with x."
-        w = self.scale(t) if callable(self.scale) else self.scale
+    def scale_at(self, t, x, scale: float | torch.Tensor | Callable | None = None) -> float | torch.Tensor:
+        "The scale at time t, lined up with x; `scale` is another one than the wrapper's own."
+        w = self.scale if scale is None else scale
+        if callable(w): w = w(t)
         if isinstance(w, torch.Tensor):
             if w.ndim and len(w) != len(x): raise ValueError(f"scale must be a number or have one entry a sample ({len(x)}), got shape {tuple(w.shape)}")
             w = expand(w.to(x.device), x)
