@@ -85,7 +85,7 @@ class GaussianMixture:
 
     def _parts(self, x, alpha, sigma, label):  # log joint (B, K), and what the denoiser needs
         if tuple(x.shape[1:]) != self.event: raise ValueError(f"x must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}")
-        y = x.reshape(len(x), -1).to(self.means.dtype)
+        y = x.reshape(len(x), self.means.shape[1]).to(self.means.dtype)
         a, s2 = (torch.as_tensor(v, dtype=self.means.dtype, device=y.device).reshape(-1, 1, 1) for v in (alpha, sigma))
         s2 = s2 * s2
         var = a * a * self.vars + s2  # (B or 1, K, D or 1)
