@@ -6,6 +6,7 @@ import importlib
 import inspect
 import typing
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch
 import diffkit.core.process as P
 from diffkit._modidx import d as index
 from diffkit.core.data import GaussianMixture, ring
-from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, count_evals
+from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
 from diffkit.core.metrics import energy_distance
 from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
+from diffkit.guidance.minority import mixture_classifier
 from diffkit.solvers.t_stitch import stitch
 
 MODULES = [importlib.import_module(m) for m in index["syms"] if m.split(".")[1] in ("core", "solvers", "guidance") and not m.endswith(("adapters", "show", "lab", "zoo", "training"))]
@@ -31,9 +33,24 @@ def log_prob(process):
     return f
 
 
+@contextmanager
+def widened(module):  # a model that is worse inside the block, as one with damaged attention is
+    leaf = next(m for m in module.modules() if hasattr(m, "mixture"))
+    good, leaf.mixture = leaf.mixture, GaussianMixture(MIX.means, scales=.4, labels=MIX.labels)
+    try: yield
+    finally: leaf.mixture = good
+
+
+def levels(process):
+    f = mixture_classifier(MIX, process)
+    return lambda x, t, label=None: f(x, t)
+
+
 # what a parameter without a default gets, by name; `steps` is the number of steps of the grid
-ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(),
+ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(), "layers": lambda p, steps: widened, "classifier": lambda p, steps: levels(p), "plan": lambda p, steps: lambda n: ["cfg"] * n,
              "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], .5)}
+GIVEN = {"adaptive": {"threshold": 1.}}  # a threshold below 1 has an error of its own, however many the steps
+PATHLESS = ("adaptive", "policy")  # they decide by the steps of a grid, which an adaptive integrator does not have; so set, both are cfg
 VARIANTS = {"DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
 
 
@@ -71,7 +88,7 @@ def _guidances():
 
 def model(guidance, process, dtype=torch.float64):
     d = MixtureDenoiser(MIX, process)
-    return d if guidance is None else guidance(**fill(guidance, process, {"denoiser": d}))
+    return d if guidance is None else guidance(**fill(guidance, process, {"denoiser": d, **GIVEN.get(guidance.__name__, {})}))
 
 
 G = torch.Generator().manual_seed(0)
@@ -81,14 +98,14 @@ _truth = {}
 
 def truth(guidance, process):
     key = (guidance, process)
-    if key not in _truth: _truth[key] = exact_flow(model(guidance, process), None, X * process.sigma(process.t_max), process.t_max, max(process.t_min, 1e-3), rtol=1e-6, atol=1e-8, label=LABEL)
+    if key not in _truth: _truth[key] = exact_flow(model(cfg if guidance and guidance.__name__ in PATHLESS else guidance, process), None, X * process.sigma(process.t_max), process.t_max, max(process.t_min, 1e-3), rtol=1e-6, atol=1e-8, label=LABEL)
     return _truth[key]
 
 
 def test_the_search_finds_what_is_known():
     found = {p.values[0].__name__ for p in solvers()}
     assert {"DDIM", "Ancestral", "Euler", "Heun", "EulerMaruyama", "DPMSolverPP", "DPMSingle"} <= found
-    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
+    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg", "adaptive", "policy", "pag", "minority"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
     assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow"} <= set(PROCESSES)
 
 
