@@ -9,22 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from fastcore.test import test_eq, test_fail
-from torch import nn
-from torch.testing import assert_close
 
-from ..core.data import GaussianMixture, digits, ring, two_moons
-from ..core.denoiser import Denoiser, Guided, MixtureDenoiser, NetDenoiser, Prediction, cfg, contrast, count_evals
-from ..core.lab import claim, device, pick, verdict
-from ..core.metrics import energy_distance
-from ..core.process import EDM, VE, VP, Flow, Process, expand, time_grid
-from ..core.sampling import DDIM, BoundDenoiser, Solver, sample
-from ..core.show import INK, bars_with_spread, colors, figure, images, knobs
-from ..core.zoo import load
-from .apg import apg
+from ..core.denoiser import Denoiser, Guided, Prediction
+from ..core.process import Process, expand
+from ..core.sampling import Solver
 
 # %% auto #0
 __all__ = ['flatten_parts', 'Geometric', 'geometric', 'anneal', 'product', 'Tilted', 'tilt', 'weight_rate', 'Terms',
