@@ -18,6 +18,7 @@ from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, co
 from diffkit.core.metrics import energy_distance
 from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
 from diffkit.guidance.minority import mixture_classifier
+from diffkit.guidance.svdd import PosteriorMean
 from diffkit.solvers.t_stitch import stitch
 
 MODULES = [importlib.import_module(m) for m in index["syms"] if m.split(".")[1] in ("core", "solvers", "guidance") and not m.endswith(("adapters", "show", "lab", "zoo", "training"))]
@@ -47,11 +48,13 @@ def levels(process):
 
 
 # what a parameter without a default gets, by name; `steps` is the number of steps of the grid
-ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(), "layers": lambda p, steps: widened, "classifier": lambda p, steps: levels(p), "plan": lambda p, steps: lambda n: ["cfg"] * n,
+ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(), "layers": lambda p, steps: widened, "classifier": lambda p, steps: levels(p), "plan": lambda p, steps: lambda n: ["cfg"] * n, "beta": lambda p, steps: 1.2, "reward": lambda p, steps: lambda x: .3 * x[:, 0],
              "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], .5)}
 GIVEN = {"adaptive": {"threshold": 1.}}  # a threshold below 1 has an error of its own, however many the steps
 PATHLESS = ("adaptive", "policy")  # they decide by the steps of a grid, which an adaptive integrator does not have; so set, both are cfg
-VARIANTS = {"DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
+VARIANTS = {"FKC": [{"missing": "ignore", "groups": torch.arange(36) % 3}, {"missing": "ignore", "resample": None, "zeta": 2.}],
+            "SVDD": [{"solver": DDIM(eta=1.), "value": PosteriorMean(lambda x: x[:, 0]), "M": 4, "alpha": 2.}], "RewardSMC": [{"solver": DDIM(eta=1.), "value": PosteriorMean(lambda x: x[:, 0]), "alpha": 3., "groups": 36}],
+            "DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
 
 
 def fill(f, process, given, steps=10):  # arguments without a default
@@ -73,7 +76,7 @@ def _solvers():
     for m in MODULES:
         for name, c in vars(m).items():
             if isinstance(c, type) and issubclass(c, Solver) and c.__module__ == m.__name__ and c not in (Solver, MultistepSolver) and not name.startswith("_") and not getattr(c, "discrete", False):
-                for v in VARIANTS.get(name, [{}]): yield pytest.param(c, v, id=f"{name}{''.join(f'-{k}={x}' for k, x in v.items())}")
+                for v in VARIANTS.get(name, [{}]): yield pytest.param(c, v, id=f"{name}{''.join(f'-{k}={x}' for k, x in v.items() if isinstance(x, (str, bool, int, float)))}")
 
 
 def _guidances():
@@ -104,8 +107,8 @@ def truth(guidance, process):
 
 def test_the_search_finds_what_is_known():
     found = {p.values[0].__name__ for p in solvers()}
-    assert {"DDIM", "Ancestral", "Euler", "Heun", "EulerMaruyama", "DPMSolverPP", "DPMSingle"} <= found
-    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg", "adaptive", "policy", "pag", "minority"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
+    assert {"DDIM", "Ancestral", "Euler", "Heun", "EulerMaruyama", "DPMSolverPP", "DPMSingle", "FKC", "SVDD", "RewardSMC"} <= found
+    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg", "adaptive", "policy", "pag", "minority", "anneal", "tilt"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
     assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow"} <= set(PROCESSES)
 
 

@@ -337,6 +337,7 @@ class BoundDenoiser:
             if isinstance(v, torch.Tensor) and v.ndim and len(v) == self.rows and not torch.equal(v[idx], w):
                 raise ValueError(f"resampling would carry a sample to another condition: cond[{k!r}] differs within a group; resample within groups of equal conditions")
         self.denoiser.reindex(idx)
+        self.rows, self.last = len(idx), None if self.last is None else self.last.index(idx)
 
 
 def _trace(denoiser, solver, x, times, cond, generator, grad, check):
