@@ -6,8 +6,7 @@
 __all__ = ['SCORES', 'walk_sums', 'swap_candidates', 'kkt_gap', 'swap_ratios', 'OrderScore', 'CovarianceScore', 'NodeScore',
            'search_orders', 'linear_nodes', 'topo']
 
-# %% ../../nbs/causal/602_topo.ipynb #481abca3
-import itertools
+# %% ../../nbs/causal/602_topo.ipynb #a5de0516
 import warnings
 from collections.abc import Callable
 from typing import Protocol
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from .dag import _back, _cholesky, _expand, _fit, _fit_args, _number, _order, _psd, _square, _table, _whole, DagFit, covariance, fit_given_order, topological_order
 
-# %% ../../nbs/causal/602_topo.ipynb #efc4dcbd
+# %% ../../nbs/causal/602_topo.ipynb #06381f93
 def _walks(P):  # (I - P)^-1 of a nonnegative strictly upper triangular P: no division, so exact zeros stay zero
     eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
@@ -49,7 +48,7 @@ def kkt_gap(W: torch.Tensor,  # (d, d) weights of a DAG
     free = _square(walk_sums(W)).mT == 0  # the diagonal is 1: the empty walk
     return (_expand(_square(grad, "grad").detach(), free, "grad").abs() * free).max().item()
 
-# %% ../../nbs/causal/602_topo.ipynb #c6ded0d8
+# %% ../../nbs/causal/602_topo.ipynb #2d1aa3db
 def _ratios(L, pairs):
     "For pieces of `pairs`: slice of the pairs, slice of the columns they touch, ratios v'/v there."
     d = len(L); k = torch.arange(d, device=L.device); pairs = pairs.to(L.device)
@@ -68,6 +67,7 @@ def swap_ratios(L: torch.Tensor,  # (d, d) Cholesky factor of the covariance, ro
                 pairs: torch.Tensor,  # (p, 2) positions a < b to exchange
                ) -> torch.Tensor:  # (p, d) residual variances after each exchange over those before, by position
     "All residual variances of many swaps in O(d) each, by cumulative sums."
+    if not ((pairs[:, 0] >= 0) & (pairs[:, 0] < pairs[:, 1]) & (pairs[:, 1] < len(L))).all(): raise ValueError(f"pairs must be positions 0 <= a < b < {len(L)}")
     out = L.new_ones(len(pairs), len(L))
     for i, cols, r in _ratios(L, pairs): out[i, cols] = r
     return out
@@ -98,7 +98,7 @@ class CovarianceScore:
         for i, cols, r in _ratios(L, pairs): out[i] = (self.f(r * v[cols]) - now[cols]).sum(1)
         return out
 
-# %% ../../nbs/causal/602_topo.ipynb #129a6360
+# %% ../../nbs/causal/602_topo.ipynb #885dd387
 class NodeScore:
     "A score by a regression of your own for each node; every (node, set of parents) is fitted once."
     def __init__(self, fit: Callable,  # fit(j, parents) -> (coefficients (len(parents),), loss); parents: array of node numbers, ascending
@@ -144,7 +144,7 @@ def search_orders(score: OrderScore, order: list[int],  # order: the start, caus
                   callback: Callable | None = None,  # callback(round, order, score) after every round
                  ) -> tuple[list[int], list[dict], bool]:  # order, history (round, score, evals, solves, swaps, order), whether no swap of the large set improves
     "Improves an order by swaps until none helps; the score falls strictly. Source: Deng et al. 2023."
-    o = torch.as_tensor(order).clone(); d = len(o); _number("tol", tol); _whole("max_rounds", max_rounds, 0)
+    o = _order(order, len(order)); d = len(o); _number("tol", tol); _whole("max_rounds", max_rounds, 0)
     small, large = _sizes(score, d, small, large, large_searches); left = np.inf if large_searches is None else large_searches
     everything = torch.triu_indices(d, d, 1).T if small == d * (d - 1) // 2 else None
     c = score.costs(o); f, bar = c.sum().item(), tol * c.abs().sum().item()
@@ -155,11 +155,10 @@ def search_orders(score: OrderScore, order: list[int],  # order: the start, caus
             if not len(part): continue
             gains = score.gains(o, part).cpu(); evals += len(part); solves += int((part[:, 1] - part[:, 0] + 1).sum())
             better = (gains < -bar).nonzero()[:, 0]
-            if len(better): break
+            if len(better): left -= stage; break  # the large set has helped once more
         else:
             converged = bool(left or len(pairs) <= small)
             break
-        left -= stage  # 1 where the large set has helped
         used, new, swaps = np.zeros(d, bool), o.clone(), 0
         for a, b in part[better[gains[better].argsort()]].tolist():
             if used[a:b + 1].any(): continue
@@ -172,7 +171,7 @@ def search_orders(score: OrderScore, order: list[int],  # order: the start, caus
     history.append(history[-1] | dict(evals=evals, solves=solves, swaps=0))  # the last, vain look round
     return o.tolist(), history, converged
 
-# %% ../../nbs/causal/602_topo.ipynb #1677e548
+# %% ../../nbs/causal/602_topo.ipynb #be99e654
 def linear_nodes(C: torch.Tensor,  # (d, d) covariance
                  l1: float = 0.,  # weight of the l1 norm
                  allowed: torch.Tensor | None = None,  # (d, d) mask, 0 forbids an edge
@@ -220,6 +219,8 @@ def topo(X=None,  # (..., n, d) samples: array, tensor or DataFrame; or give `co
     d = C.shape[-1]; _fit_args(d, threshold, names)
     if own and C.ndim > 2: raise ValueError(f"an OrderScore belongs to one graph, got a batch of shape {tuple(C.shape[:-2])}")
     C = C + lam * torch.eye(d, dtype=C.dtype, device=C.device); flat = C.reshape(-1, d, d)
+    if not len(flat): raise ValueError(f"the batch holds no graph: got shape {tuple(C.shape)}")
+    if not own and torch.linalg.cholesky_ex(flat)[1].any(): raise ValueError("the covariance is singular (a column may be a combination of others): use lam > 0 (a ridge), or drop the column")
     if init is not None:
         start = _square(init.W if isinstance(init, DagFit) else init, "init").detach().to(C.device)
         start = _expand(start, C, "init").reshape(-1, d, d)
