@@ -220,11 +220,11 @@ class NetDenoiser(Denoiser):
              **cond,  # conditions for the network
             ) -> torch.Tensor:  # scalar
         "Denoising loss: weighted mean squared error of the network's own output."
-        B, process = len(x0), self.process
+        B, process, where = len(x0), self.process, x0.device if generator is None else generator.device  # drawn where the generator is: one seed, one result on every device
         if t is None:
-            u = (torch.arange(B, device=x0.device) + torch.rand(B, generator=generator, device=x0.device)) / B
-            t = process.t_min + (1 - process.t_min) * u[torch.randperm(B, generator=generator, device=x0.device)]
-        if eps is None: eps = process.sample_noise(x0.shape, t, generator, x0.device, x0.dtype)
+            u = (torch.arange(B, device=where) + torch.rand(B, generator=generator, device=where)) / B
+            t = (process.t_min + (1 - process.t_min) * u[torch.randperm(B, generator=generator, device=where)]).to(x0.device)
+        if eps is None: eps = process.sample_noise(x0.shape, t.to(where) if isinstance(t, torch.Tensor) else t, generator, where, x0.dtype).to(x0.device)
         x = process.noise(x0, t, eps)
         if self.predicts == "edm":
             y, skip, scale, c_in, _ = self._edm(t, x)
