@@ -9,7 +9,7 @@ __all__ = ['colide_sigma', 'colide_score', 'colide_profile', 'colide']
 from collections.abc import Callable
 import numpy as np
 import torch
-from .dag import _back, _expand, _float, _number, _psd, _residuals, _square, _table, PAPER, DagFit, covariance, solve_path
+from .dag import _back, _expand, _float, _number, _psd, _residuals, _square, _table, PAPER, DagFit, covariance, solve_path, warn_table
 
 # %% ../../nbs/causal/601_colide.ipynb #41bed899
 def _variance(variance):
@@ -92,4 +92,5 @@ def colide(X=None,  # (..., n, d) samples: array, tensor or DataFrame; or give `
     fit = solve_path(_back(C / unit, like), rule, f"colide-{'ev' if equal else 'nv'}", threshold, names, lam=lam, s=s, mu=mu, iters=iters, lr=lr, decay=decay,
                      tol=tol, checkpoint=checkpoint, init=init, allowed=allowed, progress=progress, callback=callback)
     fit.sigma = fit.sigma * _back(unit[..., 0]**.5, like)  # back in the units of the data
+    if X is not None and found and C.ndim == 2: warn_table(C, fit.W, t.shape[-2])
     return fit

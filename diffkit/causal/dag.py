@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NOISE', 'PAPER', 'FAST', 'random_dag', 'random_weights', 'simulate', 'sem_covariance', 'covariance', 'is_dag',
            'topological_order', 'to_dag', 'h_exp', 'h_poly', 'h_logdet', 'scores', 'cpdag', 'shd_cpdag', 'sid',
-           'fit_given_order', 'residual_variances', 'lasso_given_order', 'varsortability', 'warn_varsortable', 'DagFit',
-           'plot_dag', 'sort_n_regress', 'notears', 'golem', 'follow_path', 'solve_path', 'dagma', 'sachs']
+           'fit_given_order', 'residual_variances', 'lasso_given_order', 'varsortability', 'warn_varsortable',
+           'warn_table', 'DagFit', 'plot_dag', 'sort_n_regress', 'notears', 'golem', 'follow_path', 'solve_path',
+           'dagma', 'sachs']
 
 # %% ../../nbs/causal/600_dag.ipynb #09f33592
 import math
@@ -415,6 +416,17 @@ def warn_varsortable(C: torch.Tensor,  # (d, d) covariance
     if leaks: warnings.warn(f"varsortability of the graph is {vs:.2f}: almost every edge points to the column with the larger variance. "
                             "Compare with sort_n_regress, and fit again on standardised columns before you trust a direction.", UserWarning, stacklevel=2)
     return leaks
+
+def warn_table(C: torch.Tensor,  # (d, d) covariance of a user's table
+               B: torch.Tensor,  # (d, d) the graph that was learned from it
+               n: int,  # rows of the table
+              ) -> None:
+    "What a table may hide: too few rows, standardised columns, or a graph that follows the variances. The fits call it for a DataFrame."
+    v = _psd(C).diagonal(); d = len(v)
+    if n <= d: warnings.warn(f"{n} rows for {d} columns: the covariance is singular, and the penalty decides what the data leave open", UserWarning, stacklevel=3)
+    if (v.max() / v.min()).item() < 1.01:
+        warnings.warn("all columns have the same variance, as standardised ones have: least squares takes the direction of an edge from the variances, and without them it does no better than no graph (notebooks 602 and 699)", UserWarning, stacklevel=3)
+    else: warn_varsortable(C, B)
 
 # %% ../../nbs/causal/600_dag.ipynb #8fefa5f5
 @dataclass

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 import numpy as np
 import torch
-from .dag import _back, _cholesky, _expand, _fit, _fit_args, _number, _order, _psd, _square, _table, _whole, DagFit, covariance, fit_given_order, topological_order
+from .dag import _back, _cholesky, _expand, _fit, _fit_args, _number, _order, _psd, _square, _table, _whole, DagFit, covariance, fit_given_order, topological_order, warn_table
 
 # %% ../../nbs/causal/602_topo.ipynb #06381f93
 def _walks(P):  # (I - P)^-1 of a nonnegative strictly upper triangular P: no division, so exact zeros stay zero
@@ -240,5 +240,7 @@ def topo(X=None,  # (..., n, d) samples: array, tensor or DataFrame; or give `co
     runs = [search_orders(s, o, small=small, large=large, large_searches=large_searches, tol=tol, max_rounds=max_rounds, callback=callback) for s, o in zip(scores, starts)]
     raw = torch.stack([_square(s.weights(torch.as_tensor(o))).to(C.device) for s, (o, _, _) in zip(scores, runs)]).reshape(C.shape)
     give = lambda x: _back(torch.tensor(x, device=C.device).reshape(C.shape[:-2]), like) if C.ndim > 2 else x[0]
-    return _fit(_back(C, like), _back(raw, like), f"topo-{score if isinstance(score, str) else 'custom'}", threshold, names, objective=give([h[-1]["score"] for _, h, _ in runs]),
+    fit = _fit(_back(C, like), _back(raw, like), f"topo-{score if isinstance(score, str) else 'custom'}", threshold, names, objective=give([h[-1]["score"] for _, h, _ in runs]),
                 converged=give([ok for _, _, ok in runs]), history=[dict(graph=i, **r) for i, (_, h, _) in enumerate(runs) for r in h], **(dict(sigma=None) if own else {}))
+    if X is not None and found and C.ndim == 2: warn_table(C - lam * torch.eye(d, dtype=C.dtype, device=C.device), fit.W, t.shape[-2])
+    return fit
