@@ -398,7 +398,7 @@ def varsortability(C: torch.Tensor,  # (d, d) covariance; only its diagonal is u
     "Share of directed paths along which the marginal variance rises (ties count half). Source: Reisach et al. 2021."
     v, E = _psd(C, one=True).diagonal().cpu().numpy(), (_square(B, "B") != 0).cpu().numpy()
     _dag(E.astype(float))
-    rises = (v > v[:, None] * (1 + 1e-9)) + .5 * np.isclose(v, v[:, None], rtol=1e-9)
+    rises = (v > v[:, None] * (1 + 1e-9)) + .5 * np.isclose(v, v[:, None], rtol=1e-9, atol=0)
     P, n, up = E, 0, 0.
     while P.any():
         n += P.sum(); up += (P * rises).sum(); P = (P.astype(int) @ E) > 0
@@ -424,6 +424,7 @@ def warn_table(C: torch.Tensor,  # (d, d) covariance of a user's table
     "What a table may hide: too few rows, standardised columns, or a graph that follows the variances. The fits call it for a DataFrame."
     v = _psd(C).diagonal(); d = len(v)
     if n <= d: warnings.warn(f"{n} rows for {d} columns: the covariance is singular, and the penalty decides what the data leave open", UserWarning, stacklevel=3)
+    if d < 2: return
     if (v.max() / v.min()).item() < 1.01:
         warnings.warn("all columns have the same variance, as standardised ones have: least squares takes the direction of an edge from the variances, and without them it does no better than no graph (notebooks 602 and 699)", UserWarning, stacklevel=3)
     else: warn_varsortable(C, B)
