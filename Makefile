@@ -10,7 +10,7 @@ export MPLBACKEND ?= agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 STAMP := $(VENV)/.installed
 
-.PHONY: site test lab export clean-notebooks smoke test-lowest bench install check notebooks pytest help
+.PHONY: site test lab export format clean-notebooks smoke test-lowest bench install check notebooks pytest help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -24,15 +24,17 @@ $(STAMP): settings.ini constraints.txt setup.py
 	@touch $@
 
 site: $(STAMP)  ## build the docs site to _site/ (SERVE=1 serves it)
-	@$(BIN)/nbdev_export
+	@$(BIN)/python tests/check_repo.py --write
 	@$(BIN)/diffkit site $(if $(SERVE),--serve)
 
 lab: $(STAMP)  ## open JupyterLab
 	@$(BIN)/jupyter lab nbs
 
-export: $(STAMP)  ## notebooks -> package, front page -> README.md
-	@$(BIN)/nbdev_export
+export: $(STAMP)  ## notebooks -> package, front page -> README.md, folds
 	@$(BIN)/python tests/check_repo.py --write
+
+format: $(STAMP)  ## notebooks, tests and tools in one form
+	@$(BIN)/ruff format --quiet .
 
 clean-notebooks: $(STAMP)  ## strip what changes from run to run
 	@$(BIN)/nbdev_clean
@@ -42,6 +44,7 @@ check: $(STAMP)  # export in sync, notebooks clean, style
 	@$(BIN)/python tests/check_repo.py
 	@echo "== style"
 	@$(BIN)/ruff check --quiet . || { echo "ruff found the problems above"; exit 1; }
+	@$(BIN)/ruff format --quiet --check . || { echo "run make format"; exit 1; }
 
 notebooks: $(STAMP)
 	@echo "== every notebook, top to bottom, at scale $(SCALE)"

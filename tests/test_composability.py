@@ -1,7 +1,11 @@
-"""Every guidance x every solver x every process x {float32, float64}: finite, and better with more evaluations.
+"""Every guidance x every solver x every process x {float32, float64}: finite, and better with more
+evaluations.
 
-Methods are found by themselves: every `Solver` subclass and every function that takes `denoiser` first and returns a `Denoiser` in any exported module of the core, of `solvers` and of `guidance` enters by being there.
-A class or function that needs more than its defaults says so in `ARGUMENTS`; what cannot be built fails the test and says what to add."""
+Methods are found by themselves: every `Solver` subclass and every function that takes `denoiser`
+first and returns a `Denoiser` in any exported module of the core, of `solvers` and of `guidance`
+enters by being there. A class or function that needs more than its defaults says so in
+`ARGUMENTS`; what cannot be built fails the test and says what to add."""
+
 import importlib
 import inspect
 import typing
@@ -21,25 +25,42 @@ from diffkit.guidance.minority import mixture_classifier
 from diffkit.guidance.svdd import PosteriorMean
 from diffkit.solvers.t_stitch import stitch
 
-MODULES = [importlib.import_module(m) for m in index["syms"] if m.split(".")[1] in ("core", "solvers", "guidance") and not m.endswith(("adapters", "show", "lab", "zoo", "training"))]
-MIX = GaussianMixture(ring(6).means, scales=.25, labels=[0, 0, 1, 1, 2, 2])  # two components a class, so that the conditional flow bends, too
-PROCESSES = {c.__name__: c() for c in vars(P).values() if isinstance(c, type) and issubclass(c, P.Process) and c is not P.Process}
+MODULES = [
+    importlib.import_module(m)
+    for m in index["syms"]
+    if m.split(".")[1] in ("core", "solvers", "guidance")
+    and not m.endswith(("adapters", "show", "lab", "zoo", "training"))
+]
+# two components a class, so that the conditional flow bends, too
+MIX = GaussianMixture(ring(6).means, scales=0.25, labels=[0, 0, 1, 1, 2, 2])
+PROCESSES = {
+    c.__name__: c()
+    for c in vars(P).values()
+    if isinstance(c, type) and issubclass(c, P.Process) and c is not P.Process
+}
 
 
-def bad(process): return MixtureDenoiser(GaussianMixture(MIX.means, scales=.4, labels=MIX.labels), process)
+def bad(process):
+    return MixtureDenoiser(GaussianMixture(MIX.means, scales=0.4, labels=MIX.labels), process)
 
 
 def log_prob(process):
-    def f(x, t, label=None): return MIX.log_prob(x, process.alpha(t), process.sigma(t), label) - MIX.log_prob(x, process.alpha(t), process.sigma(t))
+    def f(x, t, label=None):
+        return MIX.log_prob(x, process.alpha(t), process.sigma(t), label) - MIX.log_prob(
+            x, process.alpha(t), process.sigma(t)
+        )
+
     return f
 
 
 @contextmanager
 def widened(module):  # a model that is worse inside the block, as one with damaged attention is
     leaf = next(m for m in module.modules() if hasattr(m, "mixture"))
-    good, leaf.mixture = leaf.mixture, GaussianMixture(MIX.means, scales=.4, labels=MIX.labels)
-    try: yield
-    finally: leaf.mixture = good
+    good, leaf.mixture = leaf.mixture, GaussianMixture(MIX.means, scales=0.4, labels=MIX.labels)
+    try:
+        yield
+    finally:
+        leaf.mixture = good
 
 
 def levels(process):
@@ -48,50 +69,112 @@ def levels(process):
 
 
 # what a parameter without a default gets, by name; `steps` is the number of steps of the grid
-ARGUMENTS = {"scale": lambda p, steps: 1.5, "bad": lambda p, steps: bad(p), "log_prob": lambda p, steps: log_prob(p), "solver": lambda p, steps: DDIM(), "layers": lambda p, steps: widened, "classifier": lambda p, steps: levels(p), "plan": lambda p, steps: lambda n: ["cfg"] * n, "beta": lambda p, steps: 1.2, "reward": lambda p, steps: lambda x: .3 * x[:, 0],
-             "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], .5)}
-GIVEN = {"adaptive": {"threshold": 1.}}  # a threshold below 1 has an error of its own, however many the steps
-PATHLESS = ("adaptive", "policy")  # they decide by the steps of a grid, which an adaptive integrator does not have; so set, both are cfg
-VARIANTS = {"FKC": [{"missing": "ignore", "groups": torch.arange(36) % 3}, {"missing": "ignore", "resample": None, "zeta": 2.}],
-            "SVDD": [{"solver": DDIM(eta=1.), "value": PosteriorMean(lambda x: x[:, 0]), "M": 4, "alpha": 2.}], "RewardSMC": [{"solver": DDIM(eta=1.), "value": PosteriorMean(lambda x: x[:, 0]), "alpha": 3., "groups": 36}],
-            "DDIM": [{}, {"eta": 1.}], "Ancestral": [{}, {"variance": "large"}], "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}], "DPMSingle": [{"order": 2}, {"order": 3}]}
+ARGUMENTS = {
+    "scale": lambda p, steps: 1.5,
+    "bad": lambda p, steps: bad(p),
+    "log_prob": lambda p, steps: log_prob(p),
+    "solver": lambda p, steps: DDIM(),
+    "layers": lambda p, steps: widened,
+    "classifier": lambda p, steps: levels(p),
+    "plan": lambda p, steps: lambda n: ["cfg"] * n,
+    "beta": lambda p, steps: 1.2,
+    "reward": lambda p, steps: lambda x: 0.3 * x[:, 0],
+    "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], 0.5),
+}
+# a threshold below 1 has an error of its own, however many the steps
+GIVEN = {"adaptive": {"threshold": 1.0}}
+# they decide by the steps of a grid, which an adaptive integrator does not have; so set, both are
+# cfg
+PATHLESS = ("adaptive", "policy")
+VARIANTS = {
+    "FKC": [
+        {"missing": "ignore", "groups": torch.arange(36) % 3},
+        {"missing": "ignore", "resample": None, "zeta": 2.0},
+    ],
+    "SVDD": [
+        {"solver": DDIM(eta=1.0), "value": PosteriorMean(lambda x: x[:, 0]), "M": 4, "alpha": 2.0}
+    ],
+    "RewardSMC": [
+        {
+            "solver": DDIM(eta=1.0),
+            "value": PosteriorMean(lambda x: x[:, 0]),
+            "alpha": 3.0,
+            "groups": 36,
+        }
+    ],
+    "DDIM": [{}, {"eta": 1.0}],
+    "Ancestral": [{}, {"variance": "large"}],
+    "DPMSolverPP": [{"order": 1}, {"order": 2}, {"order": 3}, {"sde": True}],
+    "DPMSingle": [{"order": 2}, {"order": 3}],
+}
 
 
 def fill(f, process, given, steps=10):  # arguments without a default
     out = dict(given)
     for name, p in inspect.signature(f).parameters.items():
-        if name in out or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or p.default is not p.empty: continue
-        if name not in ARGUMENTS: pytest.fail(f"{f.__module__}.{f.__name__} needs {name}=: add it to ARGUMENTS in tests/test_composability.py")
+        if name in out or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL) or p.default is not p.empty:
+            continue
+        if name not in ARGUMENTS:
+            pytest.fail(
+                f"{f.__module__}.{f.__name__} needs {name}=: add it to ARGUMENTS in"
+                " tests/test_composability.py"
+            )
         out[name] = ARGUMENTS[name](process, steps)
     return out
 
 
-def solvers() -> list: return list(_solvers())
+def solvers() -> list:
+    return list(_solvers())
 
 
-def guidances() -> list: return list(_guidances())
+def guidances() -> list:
+    return list(_guidances())
 
 
 def _solvers():
     for m in MODULES:
         for name, c in vars(m).items():
-            if isinstance(c, type) and issubclass(c, Solver) and c.__module__ == m.__name__ and c not in (Solver, MultistepSolver) and not name.startswith("_") and not getattr(c, "discrete", False):
-                for v in VARIANTS.get(name, [{}]): yield pytest.param(c, v, id=f"{name}{''.join(f'-{k}={x}' for k, x in v.items() if isinstance(x, (str, bool, int, float)))}")
+            if (
+                isinstance(c, type)
+                and issubclass(c, Solver)
+                and c.__module__ == m.__name__
+                and c not in (Solver, MultistepSolver)
+                and not name.startswith("_")
+                and not getattr(c, "discrete", False)
+            ):
+                for v in VARIANTS.get(name, [{}]):
+                    plain = {k: x for k, x in v.items() if isinstance(x, (str, bool, int, float))}
+                    label = name + "".join(f"-{k}={x}" for k, x in plain.items())
+                    yield pytest.param(c, v, id=label)
 
 
 def _guidances():
     yield pytest.param(None, id="none")
     for m in MODULES:
         for name, f in vars(m).items():
-            if not inspect.isfunction(f) or f.__module__ != m.__name__ or name.startswith("_"): continue
-            try: returns = typing.get_type_hints(f).get("return")
-            except Exception: continue  # annotations that only a type checker can read
-            if isinstance(returns, type) and issubclass(returns, Denoiser) and next(iter(inspect.signature(f).parameters), "") == "denoiser": yield pytest.param(f, id=name)
+            if not inspect.isfunction(f) or f.__module__ != m.__name__ or name.startswith("_"):
+                continue
+            try:
+                returns = typing.get_type_hints(f).get("return")
+            except Exception:
+                continue  # annotations that only a type checker can read
+            if (
+                isinstance(returns, type)
+                and issubclass(returns, Denoiser)
+                and next(iter(inspect.signature(f).parameters), "") == "denoiser"
+            ):
+                yield pytest.param(f, id=name)
 
 
 def model(guidance, process, dtype=torch.float64):
     d = MixtureDenoiser(MIX, process)
-    return d if guidance is None else guidance(**fill(guidance, process, {"denoiser": d, **GIVEN.get(guidance.__name__, {})}))
+    return (
+        d
+        if guidance is None
+        else guidance(
+            **fill(guidance, process, {"denoiser": d, **GIVEN.get(guidance.__name__, {})})
+        )
+    )
 
 
 G = torch.Generator().manual_seed(0)
@@ -101,14 +184,47 @@ _truth = {}
 
 def truth(guidance, process):
     key = (guidance, process)
-    if key not in _truth: _truth[key] = exact_flow(model(cfg if guidance and guidance.__name__ in PATHLESS else guidance, process), None, X * process.sigma(process.t_max), process.t_max, max(process.t_min, 1e-3), rtol=1e-6, atol=1e-8, label=LABEL)
+    if key not in _truth:
+        _truth[key] = exact_flow(
+            model(cfg if guidance and guidance.__name__ in PATHLESS else guidance, process),
+            None,
+            X * process.sigma(process.t_max),
+            process.t_max,
+            max(process.t_min, 1e-3),
+            rtol=1e-6,
+            atol=1e-8,
+            label=LABEL,
+        )
     return _truth[key]
 
 
 def test_the_search_finds_what_is_known():
     found = {p.values[0].__name__ for p in solvers()}
-    assert {"DDIM", "Ancestral", "Euler", "Heun", "EulerMaruyama", "DPMSolverPP", "DPMSingle", "FKC", "SVDD", "RewardSMC"} <= found
-    assert {"cfg", "contrast", "classifier_guidance", "threshold", "apg", "adaptive", "policy", "pag", "minority", "anneal", "tilt"} <= {p.values[0].__name__ for p in guidances() if p.values[0]}
+    assert {
+        "DDIM",
+        "Ancestral",
+        "Euler",
+        "Heun",
+        "EulerMaruyama",
+        "DPMSolverPP",
+        "DPMSingle",
+        "FKC",
+        "SVDD",
+        "RewardSMC",
+    } <= found
+    assert {
+        "cfg",
+        "contrast",
+        "classifier_guidance",
+        "threshold",
+        "apg",
+        "adaptive",
+        "policy",
+        "pag",
+        "minority",
+        "anneal",
+        "tilt",
+    } <= {p.values[0].__name__ for p in guidances() if p.values[0]}
     assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow"} <= set(PROCESSES)
 
 
@@ -121,16 +237,26 @@ def test_every_combination(solver, options, guidance, process):
 
     def run(steps, dtype=torch.float64, seed=0):
         s = solver(**fill(solver, process, options))
-        return sample(model(guidance, process), s, x.to(dtype), P.time_grid(process, steps, "log_snr", start, end), cond={"label": LABEL}, generator=torch.Generator().manual_seed(seed), progress=False)
+        return sample(
+            model(guidance, process),
+            s,
+            x.to(dtype),
+            P.time_grid(process, steps, "log_snr", start, end),
+            cond={"label": LABEL},
+            generator=torch.Generator().manual_seed(seed),
+            progress=False,
+        )
 
     few, many, single = run(7), run(32), run(7, torch.float32)
-    for y in (few, many, single): assert torch.isfinite(y).all()
+    for y in (few, many, single):
+        assert torch.isfinite(y).all()
     assert single.dtype == torch.float32
     random = not torch.equal(few, run(7, seed=1))
     if random:  # no path to compare: the distribution against that of a fine run
         fine = run(48, seed=2)
-        # two samples of 36 points of one law differ by less than 0.16 in energy distance in 99 of 100 cases (measured on this mixture): that much is luck
-        assert energy_distance(many, fine) < max(energy_distance(few, fine), 0) + .16
+        # two samples of 36 points of one law differ by less than 0.16 in energy distance in 99 of
+        # 100 cases (measured on this mixture): that much is luck
+        assert energy_distance(many, fine) < max(energy_distance(few, fine), 0) + 0.16
     else:
         t = truth(guidance, process)
         rms = lambda y: (y.double() - t).square().mean().sqrt().item()
@@ -138,46 +264,86 @@ def test_every_combination(solver, options, guidance, process):
         assert (single.double() - few).abs().max() < 1e-3 * (1 + few.abs().max())
 
 
-MULTISTEP = [p for p in solvers() if issubclass(p.values[0], MultistepSolver) and p.values[0].__name__ != "EulerMaruyama"]
+MULTISTEP = [
+    p
+    for p in solvers()
+    if issubclass(p.values[0], MultistepSolver) and p.values[0].__name__ != "EulerMaruyama"
+]
 
 
 @pytest.mark.parametrize("solver,options", MULTISTEP)
 @pytest.mark.parametrize("door", ["epsilon", "v_prediction", "flow_prediction"])
 def test_both_doors(solver, options, door):
-    "A pipeline's loop with the solver as its scheduler, and `sample` on the same grid, step the same; the scheduler survives being saved."
+    """A pipeline's loop with the solver as its scheduler, and `sample` on the same grid, step
+    the same; the scheduler survives being saved."""
     pytest.importorskip("diffusers")
     from diffkit.core.adapters import DiffusersScheduler
+
     kind = {"epsilon": "eps", "v_prediction": "v", "flow_prediction": "flow"}[door]
     sch = DiffusersScheduler(solver(**fill(solver, None, options)), prediction_type=door)
     sch = DiffusersScheduler.from_config(sch.config)
     sch.set_timesteps(9)
+
     class Says(MixtureDenoiser):  # the same knowledge, put out as the pipeline's model puts it
-        def forward(self, x, t, label=None): return Prediction.of(x, t, self.process, **{kind: super().forward(x, t, label).get(kind)})
+        def forward(self, x, t, label=None):
+            return Prediction.of(
+                x, t, self.process, **{kind: super().forward(x, t, label).get(kind)}
+            )
+
     d, x = Says(MIX, sch.process), X.float()
-    try: want = sample(d, sch.solver, x, sch.grid, cond={"label": LABEL}, generator=torch.Generator().manual_seed(0), progress=False)
-    except ValueError as e:  # noise forms cannot start at alpha = 0: the pipeline must be told the same
+    try:
+        want = sample(
+            d,
+            sch.solver,
+            x,
+            sch.grid,
+            cond={"label": LABEL},
+            generator=torch.Generator().manual_seed(0),
+            progress=False,
+        )
+    except ValueError as e:
+        # noise forms cannot start at alpha = 0: the pipeline must be told the same
         assert door == "flow_prediction" and "alpha" in str(e) or "start below 1" in str(e)
-        with pytest.raises(ValueError): sch.set_timesteps(9); sch.step(x, sch.timesteps[0], x)
+        with pytest.raises(ValueError):
+            sch.set_timesteps(9)
+            sch.step(x, sch.timesteps[0], x)
         return
     g, y = torch.Generator().manual_seed(0), x
     sch.set_timesteps(9)
-    for t, u in zip(sch.timesteps, sch.grid.tolist()): y = sch.step(d(y, u, label=LABEL).get(kind), t, y, generator=g).prev_sample
-    assert (y - want).abs().max() < 1e-5 * max(1, want.abs().max())  # the same sums of the same numbers; rounding alone
+    for t, u in zip(sch.timesteps, sch.grid.tolist()):
+        y = sch.step(d(y, u, label=LABEL).get(kind), t, y, generator=g).prev_sample
+    # the same sums of the same numbers; rounding alone
+    assert (y - want).abs().max() < 1e-5 * max(1, want.abs().max())
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 @pytest.mark.parametrize("solver,options", solvers())
 def test_a_grid_may_end_at_exactly_zero_and_be_short(solver, options, process):
-    "At t = 0 there is no noise. Every solver gets there, or says before the first evaluation that it cannot; and one step is enough for those without a warm-up."
-    x = X * process.sigma(.9)  # from where alpha is small, but not so small that Runge-Kutta's look ahead is multiplied a thousandfold (notebook 201)
+    """At t = 0 there is no noise. Every solver gets there, or says before the first evaluation
+    that it cannot; and one step is enough for those without a warm-up."""
+    # from where alpha is small, but not so small that Runge-Kutta's look ahead is multiplied a
+    # thousandfold (notebook 201)
+    x = X * process.sigma(0.9)
     for steps in (12, 2, 1):
-        grid = P.time_grid(process, steps, "uniform", .9, 0.)
+        grid = P.time_grid(process, steps, "uniform", 0.9, 0.0)
         s, d = solver(**fill(solver, process, options)), MixtureDenoiser(MIX, process)
         with count_evals(d) as n, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the order that is lowered
-            try: y = sample(d, s, x, grid, cond={"label": LABEL}, generator=torch.Generator().manual_seed(0), progress=False)
+            try:
+                y = sample(
+                    d,
+                    s,
+                    x,
+                    grid,
+                    cond={"label": LABEL},
+                    generator=torch.Generator().manual_seed(0),
+                    progress=False,
+                )
             except ValueError as e:
-                assert n.calls == 0 and any(w in str(e) for w in ("cannot end", "at least", "end above 0", "infinite")), e
+                assert n.calls == 0 and any(
+                    w in str(e) for w in ("cannot end", "at least", "end above 0", "infinite")
+                ), e
                 continue
         assert torch.isfinite(y).all()
-        if steps == 12: assert (y.norm(dim=1) - 1).abs().median() < .5  # near the ring
+        if steps == 12:
+            assert (y.norm(dim=1) - 1).abs().median() < 0.5  # near the ring

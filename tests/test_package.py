@@ -1,4 +1,5 @@
 """The package as a whole: names, costs of importing, command line, what ships."""
+
 import json
 import subprocess
 import sys
@@ -11,30 +12,47 @@ import diffkit
 from diffkit._lazy import public_names
 
 
-def python(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
 def test_importing_the_package_is_cheap():
-    r = python("import diffkit, sys; print([m for m in ('torch', 'numpy', 'matplotlib', 'scipy', 'fastcore') if m in sys.modules])")
+    r = python(
+        "import diffkit, sys; print([m for m in ('torch', 'numpy', 'matplotlib', 'scipy',"
+        " 'fastcore') if m in sys.modules])"
+    )
     assert r.stdout.strip() == "[]", r.stdout + r.stderr
 
 
 def test_short_names_reach_what_the_long_path_holds():
     import importlib
+
     for module, names in public_names("diffkit").items():
-        for n in names: assert getattr(diffkit, n) is getattr(importlib.import_module(f"diffkit.{module}"), n), n
-    assert diffkit.sample and diffkit.cfg and diffkit.DPMSolverPP and diffkit.solvers.DPMSolverPP is diffkit.DPMSolverPP
-    with pytest.raises(AttributeError): _ = diffkit.no_such_name
+        for n in names:
+            assert getattr(diffkit, n) is getattr(
+                importlib.import_module(f"diffkit.{module}"), n
+            ), n
+    assert (
+        diffkit.sample
+        and diffkit.cfg
+        and diffkit.DPMSolverPP
+        and diffkit.solvers.DPMSolverPP is diffkit.DPMSolverPP
+    )
+    with pytest.raises(AttributeError):
+        _ = diffkit.no_such_name
 
 
 def test_core_names_are_unique():  # a short name that two core modules share would be a trap
     from diffkit._modidx import d
+
     seen = {}
     for m, syms in d["syms"].items():
-        if not m.startswith("diffkit.core."): continue
+        if not m.startswith("diffkit.core."):
+            continue
         for k in syms:
-            n = k[len(m) + 1:]
-            if "." in n or n.startswith("_"): continue
+            n = k[len(m) + 1 :]
+            if "." in n or n.startswith("_"):
+                continue
             assert n not in seen, f"{n} is in {seen[n]} and in {m}"
             seen[n] = m
 
@@ -42,7 +60,11 @@ def test_core_names_are_unique():  # a short name that two core modules share wo
 def test_no_pickle_in_the_package():
     for p in Path(diffkit.__file__).parent.rglob("*.py"):
         text = p.read_text()
-        assert "import pickle" not in text and "torch.load(" not in text and "allow_pickle=True" not in text, p
+        assert (
+            "import pickle" not in text
+            and "torch.load(" not in text
+            and "allow_pickle=True" not in text
+        ), p
 
 
 def test_command_line_reports_in_one_line():
@@ -53,8 +75,40 @@ def test_command_line_reports_in_one_line():
 
 def test_a_failing_notebook_is_named_with_its_cell_and_stops_nothing():
     with tempfile.TemporaryDirectory() as tmp:
-        cell = lambda s: {"cell_type": "code", "metadata": {}, "source": s, "outputs": [], "execution_count": None, "id": str(abs(hash(s)))[:8]}
-        for name, cells in {"900_good": ["1 + 1"], "901_bad": ["x = 1", "raise ValueError('no such wind')"]}.items():
-            Path(tmp, f"{name}.ipynb").write_text(json.dumps({"cells": [cell(s) for s in cells], "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}, "nbformat": 4, "nbformat_minor": 5}))
-        r = python(f"from diffkit.cli import main; main(['run', r'{tmp}/901_bad.ipynb', r'{tmp}/900_good.ipynb', '--jobs', '1', '--out', r'{tmp}/out'])")
-        assert r.returncode == 1 and "901_bad (cell 2: ValueError: no such wind)" in r.stdout and "1 of 2 notebooks passed" in r.stdout, r.stdout + r.stderr
+        cell = lambda s: {
+            "cell_type": "code",
+            "metadata": {},
+            "source": s,
+            "outputs": [],
+            "execution_count": None,
+            "id": str(abs(hash(s)))[:8],
+        }
+        for name, cells in {
+            "900_good": ["1 + 1"],
+            "901_bad": ["x = 1", "raise ValueError('no such wind')"],
+        }.items():
+            Path(tmp, f"{name}.ipynb").write_text(
+                json.dumps(
+                    {
+                        "cells": [cell(s) for s in cells],
+                        "metadata": {
+                            "kernelspec": {
+                                "name": "python3",
+                                "display_name": "python3",
+                                "language": "python",
+                            }
+                        },
+                        "nbformat": 4,
+                        "nbformat_minor": 5,
+                    }
+                )
+            )
+        r = python(
+            f"from diffkit.cli import main; main(['run', r'{tmp}/901_bad.ipynb',"
+            f" r'{tmp}/900_good.ipynb', '--jobs', '1', '--out', r'{tmp}/out'])"
+        )
+        assert (
+            r.returncode == 1
+            and "901_bad (cell 2: ValueError: no such wind)" in r.stdout
+            and "1 of 2 notebooks passed" in r.stdout
+        ), r.stdout + r.stderr

@@ -1,4 +1,5 @@
 "The docs site: what a page must hold, that it stands alone, and (in a browser) that it works."
+
 import base64
 import functools
 import html
@@ -21,31 +22,79 @@ ROOT = S.ROOT
 pytestmark = pytest.mark.xdist_group("site")  # one worker builds the sites once
 
 
-# ---------------------------------------------------------------- a small project with one of everything
+# ---------------------------------------------------------------- a small project with one of
+# everything
+
 
 def png(color) -> str:
     "A 40x20 picture of one colour."
     chunk = lambda k, d: struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d))
     rows = (b"\0" + bytes(color) * 40) * 20
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 20, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")).decode()
+    return base64.b64encode(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 20, 8, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    ).decode()
 
 
-def md(src): return {"cell_type": "markdown", "metadata": {}, "source": src}
-def code(src, *outputs): return {"cell_type": "code", "metadata": {}, "execution_count": None, "source": src, "outputs": list(outputs)}
-def shown(**data): return {"output_type": "display_data", "metadata": {}, "data": {k.replace("__", "/"): v for k, v in data.items()}}
-def notebook(*cells): return json.dumps({"cells": list(cells), "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5})
+def md(src):
+    return {"cell_type": "markdown", "metadata": {}, "source": src}
+
+
+def code(src, *outputs):
+    return {
+        "cell_type": "code",
+        "metadata": {},
+        "execution_count": None,
+        "source": src,
+        "outputs": list(outputs),
+    }
+
+
+def shown(**data):
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {k.replace("__", "/"): v for k, v in data.items()},
+    }
+
+
+def notebook(*cells):
+    return json.dumps(
+        {
+            "cells": list(cells),
+            "metadata": {
+                "kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}
+            },
+            "nbformat": 4,
+            "nbformat_minor": 5,
+        }
+    )
 
 
 def claim(says, holds, **more):
-    c = {"says": says, "measured": "0.12 ± 0.01 against 0.30", "holds": holds, "verdict": holds, "paper": "Table 2: 3.1", "note": "", "scale": "quick"} | more
-    return {"output_type": "display_data", "metadata": {}, "data": {S.CLAIM: c, "text/html": "<p>as shown in Jupyter</p>", "text/plain": "claim"}}
+    c = {
+        "says": says,
+        "measured": "0.12 ± 0.01 against 0.30",
+        "holds": holds,
+        "verdict": holds,
+        "paper": "Table 2: 3.1",
+        "note": "",
+        "scale": "quick",
+    } | more
+    return {
+        "output_type": "display_data",
+        "metadata": {},
+        "data": {S.CLAIM: c, "text/html": "<p>as shown in Jupyter</p>", "text/plain": "claim"},
+    }
 
 
 PLAYER = f"""<div class="dk-player" id="p1"><label>knob <input type="range" min="0" max="1" value="0"></label>
 <img src="data:image/png;base64,{png((200, 40, 40))}" style="display:block"><img src="data:image/png;base64,{png((40, 40, 200))}" style="display:none">
 <script>(function(){{var p=document.getElementById("p1"),g=p.querySelectorAll("img");p.querySelector("input").addEventListener("input",function(e){{g.forEach(function(x,i){{x.style.display=i===+e.target.value?"block":"none"}})}})}})();</script></div>"""
 
-EXPORT = '''#| export
+EXPORT = """#| export
 def time_like(process: Process,  # whose times, `Process.alpha` and all; $\\lambda$ too
               steps: int = 10,  # number of steps
               # the comment above its parameter
@@ -75,41 +124,92 @@ class Process(Base):
 
 
 def _private(): "not shown"
-'''
+"""
 
 SAMPLE = notebook(
-    md("# A sample\n\n> One of everything, with `code` and $x_0$ in its\n> description.\n\n::: {.callout-note}\n**Authors**: A. Author.\n\n**Cost**: one evaluation a step, $n+1$ in all.\n\n**Exports**: `time_like`.\n:::"),
+    md(
+        "# A sample\n\n> One of everything, with `code` and $x_0$ in its\n> description.\n\n:::"
+        " {.callout-note}\n**Authors**: A. Author.\n\n**Cost**: one evaluation a step, $n+1$ in"
+        " all.\n\n**Exports**: `time_like`.\n:::"
+    ),
     code("#| default_exp core.sample"),
     code("#| hide\nSECRET_CELL = 1"),
     code("#| export\nimport math"),
-    md("## Mathematics of $\\hat x_0$\n\nInline $\\mathcal N(0, I)$, $\\mathbb E[\\hat x_0 \\mid x_t]$ and $a_1 * b_2 * c_3$; a price of 5$ is no formula.\n\n$$\\begin{aligned} x_t &= \\alpha x_0 + \\sigma\\varepsilon \\\\ "
-       "\\lambda &= \\log\\frac{\\alpha}{\\sigma} \\end{aligned}$$\n\n$$\nA=\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix},\\qquad \\sqrt{\\textstyle\\sum_i x_i^2} < 1\n$$\n\n"
-       "| name | value |\n|---|---|\n| `time_like` | $\\tfrac12$ |\n\n<details><summary>Answer</summary>\n\nIt is $\\pi^2/6$, **folded**.\n\n</details>\n\n"
-       "See [the paper](../solvers/201_paper.ipynb#the-idea), [a heading here](#mathematics-of-hat-x_0), `dk.time_like`, `core.sample.time_like`, `Process.alpha` and `unknown_name`.\n\n"
-       "::: {.callout-tip}\n## A title\nWith $e^{i\\pi}=-1$.\n:::"),
+    md(
+        "## Mathematics of $\\hat x_0$\n\nInline $\\mathcal N(0, I)$, $\\mathbb E[\\hat x_0 \\mid"
+        " x_t]$ and $a_1 * b_2 * c_3$; a price of 5$ is no formula.\n\n$$\\begin{aligned} x_t &="
+        " \\alpha x_0 + \\sigma\\varepsilon \\\\ \\lambda &= \\log\\frac{\\alpha}{\\sigma}"
+        " \\end{aligned}$$\n\n$$\nA=\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix},\\qquad"
+        " \\sqrt{\\textstyle\\sum_i x_i^2} < 1\n$$\n\n| name | value |\n|---|---|\n| `time_like` |"
+        " $\\tfrac12$ |\n\n<details><summary>Answer</summary>\n\nIt is $\\pi^2/6$,"
+        " **folded**.\n\n</details>\n\nSee [the paper](../solvers/201_paper.ipynb#the-idea), [a"
+        " heading here](#mathematics-of-hat-x_0), `dk.time_like`, `core.sample.time_like`,"
+        " `Process.alpha` and `unknown_name`.\n\n::: {.callout-tip}\n## A title\nWith"
+        " $e^{i\\pi}=-1$.\n:::"
+    ),
     code(EXPORT),
-    code("import os\nfrom fastcore.test import test_eq\nraise SystemExit('a docs build must not run this')"),
-    code("print('out')", {"output_type": "stream", "name": "stdout", "text": ["stdout & <tag>\n"]}, {"output_type": "stream", "name": "stderr", "text": ["a progress bar\n"]},
-         shown(image__png=png((40, 120, 40)), text__plain="<Figure size 640x480>"),
-         {"output_type": "display_data", "metadata": {}, "data": {"application/vnd.jupyter.widget-view+json": {"model_id": "x"}, "text/plain": "interactive(children=())"}}),
+    code(
+        "import os\nfrom fastcore.test import test_eq\nraise SystemExit('a docs build must not run"
+        " this')"
+    ),
+    code(
+        "print('out')",
+        {"output_type": "stream", "name": "stdout", "text": ["stdout & <tag>\n"]},
+        {"output_type": "stream", "name": "stderr", "text": ["a progress bar\n"]},
+        shown(image__png=png((40, 120, 40)), text__plain="<Figure size 640x480>"),
+        {
+            "output_type": "display_data",
+            "metadata": {},
+            "data": {
+                "application/vnd.jupyter.widget-view+json": {"model_id": "x"},
+                "text/plain": "interactive(children=())",
+            },
+        },
+    ),
     code("#| code-fold: true\nplayer(frames)", shown(text__html=PLAYER, text__plain="Player")),
-    code("show_doc(Process.alpha)"))
+    code("show_doc(Process.alpha)"),
+)
 
 PAPER = notebook(
-    md("# A paper\n\n> Its idea in a line."), code("#| default_exp solvers.paper"), md("## Paper\n\nA heading with the name of a function. See `paper`."), md("## The idea\n\nBack to [the sample](../core/000_sample.ipynb) and `Process`."),
+    md("# A paper\n\n> Its idea in a line."),
+    code("#| default_exp solvers.paper"),
+    md("## Paper\n\nA heading with the name of a function. See `paper`."),
+    md("## The idea\n\nBack to [the sample](../core/000_sample.ipynb) and `Process`."),
     code("#| export\ndef paper(): 'The method.'"),
-    code("frame", shown(text__html="<table class='dataframe'><tr><td>$\\sigma^2$ costs $5 and $6</td><td><code>$x$</code></td></tr></table>")),
-    code("claim(...)", claim("It is *faster* for $\\sigma < 1$ & `time_like`", "yes"), claim("It is better", "no", note="The gap is 0."), claim("It is <b>stable</b>", "open", verdict="yes")))
+    code(
+        "frame",
+        shown(
+            text__html=(
+                "<table class='dataframe'><tr><td>$\\sigma^2$ costs $5 and"
+                " $6</td><td><code>$x$</code></td></tr></table>"
+            )
+        ),
+    ),
+    code(
+        "claim(...)",
+        claim("It is *faster* for $\\sigma < 1$ & `time_like`", "yes"),
+        claim("It is better", "no", note="The gap is 0."),
+        claim("It is <b>stable</b>", "open", verdict="yes"),
+    ),
+)
 
-INDEX = notebook(md("# Sample project\n\n> What it is."), md("A link to [the paper](solvers/201_paper.ipynb) and $x_t = \\alpha x_0$."))
+INDEX = notebook(
+    md("# Sample project\n\n> What it is."),
+    md("A link to [the paper](solvers/201_paper.ipynb) and $x_t = \\alpha x_0$."),
+)
 
 
 def project(folder: Path, **files) -> Path:
     "A project with the sample's notebooks; `files` adds or replaces some (None: without)."
     shutil.copy(ROOT / "_quarto.yml", folder.mkdir(parents=True, exist_ok=True) or folder)
-    every = {"index.ipynb": INDEX, "core/000_sample.ipynb": SAMPLE, "solvers/201_paper.ipynb": PAPER} | {k.replace("__", "/") + ".ipynb": v for k, v in files.items()}
+    every = {
+        "index.ipynb": INDEX,
+        "core/000_sample.ipynb": SAMPLE,
+        "solvers/201_paper.ipynb": PAPER,
+    } | {k.replace("__", "/") + ".ipynb": v for k, v in files.items()}
     for name, text in every.items():
-        if text is None: continue
+        if text is None:
+            continue
         (folder / "nbs" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "nbs" / name).write_text(text, encoding="utf-8")
     return folder
@@ -123,13 +223,18 @@ def sample(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def repo(tmp_path_factory):
-    if not any((ROOT / "nbs").rglob("*.ipynb")): pytest.skip("this checkout has no notebooks")
+    if not any((ROOT / "nbs").rglob("*.ipynb")):
+        pytest.skip("this checkout has no notebooks")
     tmp = tmp_path_factory.mktemp("repo")
     return S.build(tmp / "site", work=tmp / "proc", engine="smalldocs")
 
 
 @pytest.fixture(params=["sample", "repo"])
-def built(request): return request.getfixturevalue(request.param), (request.getfixturevalue("sample").parent if request.param == "sample" else ROOT) / "nbs"
+def built(request):
+    return (
+        request.getfixturevalue(request.param),
+        (request.getfixturevalue("sample").parent if request.param == "sample" else ROOT) / "nbs",
+    )
 
 
 def text(page: str) -> str:
@@ -139,40 +244,63 @@ def text(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", main)).split())
 
 
-def read(site: Path, name: str) -> str: return (site / name).read_text(encoding="utf-8")
+def read(site: Path, name: str) -> str:
+    return (site / name).read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- the configuration
 
+
 def test_config_lists_every_chapter():
     cfg = S.read_config(ROOT)
     globs = [c["contents"] for c in cfg["website"]["sidebar"]["contents"] if "section" in c]
-    assert all(g.endswith("/*.ipynb") for g in globs), "a chapter's notebooks come from a glob, so that a new one appears by being there"
+    assert all(g.endswith("/*.ipynb") for g in globs), (
+        "a chapter's notebooks come from a glob, so that a new one appears by being there"
+    )
     assert "cdn" not in (ROOT / "_quarto.yml").read_text().lower()
     folders = {f.parent.name for f in (ROOT / "nbs").glob("*/*.ipynb")}
-    assert folders <= {g.split("/")[0] for g in globs}, "a chapter's folder has no section in _quarto.yml"
+    assert folders <= {g.split("/")[0] for g in globs}, (
+        "a chapter's folder has no section in _quarto.yml"
+    )
 
 
 def test_new_notebooks_appear_in_order_of_number(tmp_path):
     nb = lambda t: notebook(md(f"# {t}"))
-    root = project(tmp_path, solvers__202_b=nb("B"), solvers__200_intro=nb("Introduction"), solvers__299_compare=nb("Compare"), other__901_x=nb("X"))
+    root = project(
+        tmp_path,
+        solvers__202_b=nb("B"),
+        solvers__200_intro=nb("Introduction"),
+        solvers__299_compare=nb("Compare"),
+        other__901_x=nb("X"),
+    )
     pages, _ = S.prepare(root, tmp_path / "proc")
-    side = S.yaml_load((tmp_path / "proc/_quarto.yml").read_text())["website"]["sidebar"]["contents"]
+    side = S.yaml_load((tmp_path / "proc/_quarto.yml").read_text())["website"]["sidebar"][
+        "contents"
+    ]
     sections = {c["section"]: [x["href"] for x in c["contents"]] for c in side if "section" in c}
-    assert sections == {"0 · Core": ["core/sample.ipynb"], "2 · Solvers": [f"solvers/{x}.ipynb" for x in ("intro", "paper", "b", "compare")], "Other": ["other/x.ipynb"]}
+    assert sections == {
+        "0 · Core": ["core/sample.ipynb"],
+        "2 · Solvers": [f"solvers/{x}.ipynb" for x in ("intro", "paper", "b", "compare")],
+        "Other": ["other/x.ipynb"],
+    }
     assert [p.src for p in pages][0] == "index.ipynb"
     assert [p.stem for p in pages if p.is_paper] == ["solvers/paper", "solvers/b", "other/x"]
 
 
 # ---------------------------------------------------------------- pages
 
+
 def test_stands_alone_and_has_no_broken_links(built):
     site, _ = built
     n, problems = S.check(site)
     assert n > 50 and not problems
     for f in [*site.rglob("*.html"), *site.rglob("*.css")]:
-        t = re.sub(r"<a\s[^>]*>", "", f.read_text(encoding="utf-8"))  # links may lead away, nothing may be loaded from there
-        assert not re.search(r"""(?:src|data-src|srcset)=["'](?:https?:)?//|url\(\s*["']?(?:https?:)?//|@import\s+["'](?:https?:)?//|cdn\.|googleapis""", t), f
+        # links may lead away, nothing may be loaded from there
+        t = re.sub(r"<a\s[^>]*>", "", f.read_text(encoding="utf-8"))
+        assert not re.search(
+            r"""(?:src|data-src|srcset)=["'](?:https?:)?//|url\(\s*["']?(?:https?:)?//|@import\s+["'](?:https?:)?//|cdn\.|googleapis""",
+            t,
+        ), f
 
 
 def test_every_page_has_title_description_and_formulas(built):
@@ -181,25 +309,48 @@ def test_every_page_has_title_description_and_formulas(built):
         page = read(site, p.stem + ".html")
         title = re.search(r'<h1 class="title">(.*?)</h1>', page, re.S)
         plain = lambda s: re.sub(r"[`$*\s]|<[^>]*>", "", html.unescape(s))
-        assert title and ("math" in title.group(1) or plain(title.group(1)) == plain(p.title)), p.src
-        source = "\n\n".join(S.text_of(c["source"]) for c in p.nb["cells"] if c["cell_type"] == "markdown")
+        assert title and ("math" in title.group(1) or plain(title.group(1)) == plain(p.title)), (
+            p.src
+        )
+        source = "\n\n".join(
+            S.text_of(c["source"]) for c in p.nb["cells"] if c["cell_type"] == "markdown"
+        )
         source = re.sub(r"^(```|~~~).*?^\1|`[^`\n]*`", "", source, flags=re.S | re.M)
         wanted = len(re.findall(r"\$\$.+?\$\$", source, re.S))
-        drawn = re.findall(r'<span class="math (inline|display)">(?:<span class="katex|<math)', page)
-        assert drawn.count("display") >= wanted, f"{p.src}: {wanted} displayed formulas, {drawn.count('display')} drawn"
-        if re.search(r"\$[^\s$][^$]*\$", source): assert drawn, p.src
+        drawn = re.findall(
+            r'<span class="math (inline|display)">(?:<span class="katex|<math)', page
+        )
+        assert drawn.count("display") >= wanted, (
+            f"{p.src}: {wanted} displayed formulas, {drawn.count('display')} drawn"
+        )
+        if re.search(r"\$[^\s$][^$]*\$", source):
+            assert drawn, p.src
         assert "dk-badmath" not in page and "\\(" not in text(page), p.src
 
 
 def test_front_matter_callout_and_links(sample):
     page = read(sample, "core/sample.html")
     assert "One of everything, with <code>code</code> and <span" in page
-    assert page.count("callout-note") and "callout-tip" in page and "A. Author." in page, "what follows the description in the first cell must stay"
-    assert 'href="../solvers/paper.html#the-idea"' in page and ".ipynb" not in re.sub(r"<(pre|script)\b.*?</\1>", "", page, flags=re.S)
-    assert re.search(r'<a href="#time_like"[^>]*><code>dk.time_like</code></a>', page) and re.search(r'<a href="#Process.alpha"[^>]*><code>Process.alpha</code>', page)
+    assert page.count("callout-note") and "callout-tip" in page and "A. Author." in page, (
+        "what follows the description in the first cell must stay"
+    )
+    assert 'href="../solvers/paper.html#the-idea"' in page and ".ipynb" not in re.sub(
+        r"<(pre|script)\b.*?</\1>", "", page, flags=re.S
+    )
+    assert re.search(
+        r'<a href="#time_like"[^>]*><code>dk.time_like</code></a>', page
+    ) and re.search(r'<a href="#Process.alpha"[^>]*><code>Process.alpha</code>', page)
     assert "<code>unknown_name</code>" in page
-    assert re.search(r'<a href="../core/sample.html#Process"[^>]*><code>Process</code>', read(sample, "solvers/paper.html"))
-    assert re.search(r"<details>\s*<summary>Answer</summary>.*?class=\"math inline\".*?<strong>folded</strong>.*?</details>", page, re.S)
+    assert re.search(
+        r'<a href="../core/sample.html#Process"[^>]*><code>Process</code>',
+        read(sample, "solvers/paper.html"),
+    )
+    assert re.search(
+        r"<details>\s*<summary>Answer</summary>.*?class=\"math"
+        r" inline\".*?<strong>folded</strong>.*?</details>",
+        page,
+        re.S,
+    )
     assert "price of 5$ is no formula" in text(page)
     toc = re.search(r'<nav id="TOC".*?</nav>', page, re.S).group(0)
     assert 'class="math inline"' in toc and "time_like" in toc
@@ -207,37 +358,104 @@ def test_front_matter_callout_and_links(sample):
 
 def test_hidden_cells_and_dead_outputs_are_gone(sample):
     page = read(sample, "core/sample.html")
-    for gone in ("SECRET_CELL", "default_exp", "#| ", "a progress bar", "interactive(children", "Figure size", "show_doc("): assert gone not in page, gone
-    assert "stdout &amp; &lt;tag&gt;" in page and 'type="range"' in page and page.count("data:image/png") == 3
+    for gone in (
+        "SECRET_CELL",
+        "default_exp",
+        "#| ",
+        "a progress bar",
+        "interactive(children",
+        "Figure size",
+        "show_doc(",
+    ):
+        assert gone not in page, gone
+    assert (
+        "stdout &amp; &lt;tag&gt;" in page
+        and 'type="range"' in page
+        and page.count("data:image/png") == 3
+    )
 
 
 def test_api_entry_comes_from_signature_and_comments(sample):
     page = read(sample, "core/sample.html")
-    rows = lambda name: [[" ".join(html.unescape(re.sub(r"<[^>]*>", " ", c)).split()) for c in re.findall(r"<td>(.*?)</td>", r, re.S)]
-                         for r in re.findall(r"<tr.*?</tr>", re.search(rf'id="{name}".*?<table class="dk-params">(.*?)</table>', page, re.S).group(1), re.S)][1:]
+    rows = lambda name: [
+        [
+            " ".join(html.unescape(re.sub(r"<[^>]*>", " ", c)).split())
+            for c in re.findall(r"<td>(.*?)</td>", r, re.S)
+        ]
+        for r in re.findall(
+            r"<tr.*?</tr>",
+            re.search(rf'id="{name}".*?<table class="dk-params">(.*?)</table>', page, re.S).group(
+                1
+            ),
+            re.S,
+        )
+    ][1:]
     got = rows("time_like")
-    assert [r[:3] for r in got] == [["process", "Process", ""], ["steps", "int", "10"], ["rho", "float", "7."], ["spacing", "str", '"uniform" if True else "é"'], ["returns", "list[float]", ""]]
-    assert [r[3] for r in got[1:]] == ["number of steps", "the comment above its parameter", '"uniform" | "log_snr" goes on here', "(steps + 1,) decreasing"]
-    assert "Process.alpha" in got[0][3] and rows("one_line") == [["a", "int", "", ""], ["b", "int", "2", ""], ["returns", "int", "", "the sum"]]
+    assert [r[:3] for r in got] == [
+        ["process", "Process", ""],
+        ["steps", "int", "10"],
+        ["rho", "float", "7."],
+        ["spacing", "str", '"uniform" if True else "é"'],
+        ["returns", "list[float]", ""],
+    ]
+    assert [r[3] for r in got[1:]] == [
+        "number of steps",
+        "the comment above its parameter",
+        '"uniform" | "log_snr" goes on here',
+        "(steps + 1,) decreasing",
+    ]
+    assert "Process.alpha" in got[0][3] and rows("one_line") == [
+        ["a", "int", "", ""],
+        ["b", "int", "2", ""],
+        ["returns", "int", "", "the sum"],
+    ]
     assert rows("Process") == [["beta", "float", ".1", "rate"]]
-    methods = text("<main>" + re.search(r'<dl class="dk-methods">.*?</dl>', page, re.S).group(0) + "</main>")
-    assert methods == "t_min smallest safe time alpha(t) Signal coefficient. t time returns coefficient"
-    assert "_private" not in re.sub(r"<details class=\"code-fold\">.*?</details>", "", page, flags=re.S)
-    assert re.search(r'<details class="code-fold">\s*<summary>Source of time_like, one_line, Process</summary>.*?_private', page, re.S), "the source is there, folded"
+    methods = text(
+        "<main>" + re.search(r'<dl class="dk-methods">.*?</dl>', page, re.S).group(0) + "</main>"
+    )
+    assert (
+        methods
+        == "t_min smallest safe time alpha(t) Signal coefficient. t time returns coefficient"
+    )
+    assert "_private" not in re.sub(
+        r"<details class=\"code-fold\">.*?</details>", "", page, flags=re.S
+    )
+    assert re.search(
+        r'<details class="code-fold">\s*<summary>Source of time_like, one_line,'
+        r" Process</summary>.*?_private",
+        page,
+        re.S,
+    ), "the source is there, folded"
     assert "import math" not in text(page)
 
 
 def test_names_shared_with_headings_and_formulas_in_outputs(sample):
     page = read(sample, "solvers/paper.html")
-    assert re.search(r'<h3[^>]*data-anchor-id="api-paper"', page) and re.search(r'<a href="#api-paper"[^>]*><code>paper</code>', page)
-    assert "<code>$x$</code>" in page and "costs $5 and $6" in page and re.search(r"<td><span class=\"math inline\"><(span class=.katex|math)", page)
+    assert re.search(r'<h3[^>]*data-anchor-id="api-paper"', page) and re.search(
+        r'<a href="#api-paper"[^>]*><code>paper</code>', page
+    )
+    assert (
+        "<code>$x$</code>" in page
+        and "costs $5 and $6" in page
+        and re.search(r"<td><span class=\"math inline\"><(span class=.katex|math)", page)
+    )
 
 
 def test_navigation(sample):
     page = read(sample, "core/sample.html")
     side = re.search(r'<nav id="quarto-sidebar".*?</nav>', page, re.S).group(0)
-    assert re.findall(r'menu-text">([^<]*)<', side) == ["Start here", "All notebooks", "Scorecard", "0 · Core", "000 A sample", "2 · Solvers", "201 A paper"]
-    assert re.search(r'nav-page-previous"><a href="../scorecard.html"', page) and re.search(r'nav-page-next"><a href="../solvers/paper.html"', page)
+    assert re.findall(r'menu-text">([^<]*)<', side) == [
+        "Start here",
+        "All notebooks",
+        "Scorecard",
+        "0 · Core",
+        "000 A sample",
+        "2 · Solvers",
+        "201 A paper",
+    ]
+    assert re.search(r'nav-page-previous"><a href="../scorecard.html"', page) and re.search(
+        r'nav-page-next"><a href="../solvers/paper.html"', page
+    )
     found = [e for e in json.loads(read(sample, "search.json")) if e["section"] == "time_like"]
     assert found and found[0]["href"] == "core/sample.html#time_like"
 
@@ -245,10 +463,20 @@ def test_navigation(sample):
 def test_scorecard(sample):
     page = read(sample, "scorecard.html")
     assert re.findall(r'<tr data-verdict="(\w+)">', page) == ["yes", "no", "yes"]
-    assert 'href="solvers/paper.html#claim-1"' in page and 'id="claim-3"' in read(sample, "solvers/paper.html")
+    assert 'href="solvers/paper.html#claim-1"' in page and 'id="claim-3"' in read(
+        sample, "solvers/paper.html"
+    )
     seen = text(page)
-    assert "expected open" in seen and "&lt;b&gt;stable" in page and "<em>faster</em>" in page and "The gap is 0." in seen and "Table 2: 3.1" in seen
-    assert re.search(r"2 · Solvers 1 3 2 1 0", seen) and re.search(r"All 1 3 2 1 0", seen), "totals: papers, claims, yes, no, open"
+    assert (
+        "expected open" in seen
+        and "&lt;b&gt;stable" in page
+        and "<em>faster</em>" in page
+        and "The gap is 0." in seen
+        and "Table 2: 3.1" in seen
+    )
+    assert re.search(r"2 · Solvers 1 3 2 1 0", seen) and re.search(r"All 1 3 2 1 0", seen), (
+        "totals: papers, claims, yes, no, open"
+    )
     notebook_page = read(sample, "solvers/paper.html")
     assert "as shown in Jupyter" not in notebook_page and notebook_page.count("dk-claim ") == 3
 
@@ -256,10 +484,17 @@ def test_scorecard(sample):
 def test_overview(sample):
     page = read(sample, "overview.html")
     row = next(r for r in re.findall(r"<tr>.*?</tr>", page, re.S) if "A sample" in r)
-    assert "diffkit.core.sample" in row and "one evaluation a step" in row and 'class="math inline"' in row and "One of everything" in row and 'href="core/sample.html"' in row
+    assert (
+        "diffkit.core.sample" in row
+        and "one evaluation a step" in row
+        and 'class="math inline"' in row
+        and "One of everything" in row
+        and 'href="core/sample.html"' in row
+    )
 
 
 # ---------------------------------------------------------------- the build
+
 
 def test_unchanged_notebooks_are_not_prepared_again(tmp_path, monkeypatch):
     root, work = project(tmp_path), tmp_path / "proc"
@@ -271,12 +506,17 @@ def test_unchanged_notebooks_are_not_prepared_again(tmp_path, monkeypatch):
     done.clear()
     S.prepare(root, work)
     assert not done
-    (root / "nbs/solvers/201_paper.ipynb").write_text(PAPER.replace("Its idea in a line.", "Another idea."))
+    (root / "nbs/solvers/201_paper.ipynb").write_text(
+        PAPER.replace("Its idea in a line.", "Another idea.")
+    )
     S.prepare(root, work)
     assert done == ["index", "solvers/paper"] or done == ["solvers/paper"]
     assert "core/sample" not in done
     done.clear()
-    (root / "nbs/core/000_sample.ipynb").write_text(SAMPLE.replace("class Process(Base)", "class Method(Base)"))  # a name that the paper's page links to goes
+    # a name that the paper's page links to goes
+    (root / "nbs/core/000_sample.ipynb").write_text(
+        SAMPLE.replace("class Process(Base)", "class Method(Base)")
+    )
     S.prepare(root, work)
     assert set(done) >= {"core/sample", "solvers/paper"}
     (root / "nbs/solvers/201_paper.ipynb").unlink()
@@ -284,45 +524,77 @@ def test_unchanged_notebooks_are_not_prepared_again(tmp_path, monkeypatch):
     assert not (work / "solvers/paper.ipynb").exists()
 
 
-@pytest.mark.parametrize("cells, cause", [
-    ([md("# T\n\n[x](../core/001_gone.ipynb)")], "gone"),
-    ([md("# T\n\n[x](#no-such-heading)")], "no anchor for #no-such-heading"),
-    ([md("# T\n\n$\\frac{1}{$")], r"formula \frac{1}{"),
-    ([md("# T\n\nlost \\frac{1}{2}")], "mathematics not read as such"),
-    ([md("# T"), code("x", shown(text__html='<script src="https://example.org/x.js"></script><img src="https://example.org/x.png">'))], "loads https://example.org/x.js"),
-    ([md("# T"), code("#| export\ndef f(:")], "an exported cell is not Python"),
-])
+@pytest.mark.parametrize(
+    "cells, cause",
+    [
+        ([md("# T\n\n[x](../core/001_gone.ipynb)")], "gone"),
+        ([md("# T\n\n[x](#no-such-heading)")], "no anchor for #no-such-heading"),
+        ([md("# T\n\n$\\frac{1}{$")], r"formula \frac{1}{"),
+        ([md("# T\n\nlost \\frac{1}{2}")], "mathematics not read as such"),
+        (
+            [
+                md("# T"),
+                code(
+                    "x",
+                    shown(
+                        text__html=(
+                            '<script src="https://example.org/x.js"></script><img'
+                            ' src="https://example.org/x.png">'
+                        )
+                    ),
+                ),
+            ],
+            "loads https://example.org/x.js",
+        ),
+        ([md("# T"), code("#| export\ndef f(:")], "an exported cell is not Python"),
+    ],
+)
 def test_fails_with_the_cause(tmp_path, cells, cause):
     root = project(tmp_path, solvers__203_bad=notebook(*cells))
-    with pytest.raises(S.SiteError, match=re.escape(cause)): S.build("_site", root=root, engine="smalldocs")
+    with pytest.raises(S.SiteError, match=re.escape(cause)):
+        S.build("_site", root=root, engine="smalldocs")
 
 
 def test_refuses_bad_input(tmp_path, capsys):
     root = project(tmp_path)
-    with pytest.raises(ValueError, match="engine must be one of .* got 'word'"): S.build(root=root, engine="word")
-    with pytest.raises(ValueError, match="math must be one of .* got 'word'"): S.build(root=root, math="word")
+    with pytest.raises(ValueError, match="engine must be one of .* got 'word'"):
+        S.build(root=root, engine="word")
+    with pytest.raises(ValueError, match="math must be one of .* got 'word'"):
+        S.build(root=root, math="word")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/file.txt").write_text("keep")
-    with pytest.raises(S.SiteError, match="not a built site"): S.build("mine", root=root)
+    with pytest.raises(S.SiteError, match="not a built site"):
+        S.build("mine", root=root)
     assert (tmp_path / "mine/file.txt").read_text() == "keep"
     (tmp_path / "nbs/core/002_broken.ipynb").write_text("{")
-    with pytest.raises(S.SiteError, match="002_broken.ipynb: not a notebook"): S.build(root=root)
+    with pytest.raises(S.SiteError, match="002_broken.ipynb: not a notebook"):
+        S.build(root=root)
     (tmp_path / "nbs/core/002_broken.ipynb").rename(tmp_path / "nbs/core/002_sample.ipynb")
     (tmp_path / "nbs/core/002_sample.ipynb").write_text(SAMPLE)
-    with pytest.raises(S.SiteError, match="would both be core/sample.html"): S.build(root=root)
+    with pytest.raises(S.SiteError, match="would both be core/sample.html"):
+        S.build(root=root)
     assert S.main(["--dest", str(tmp_path / "mine")]) == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ") and (tmp_path / "mine/file.txt").exists()
+    assert (
+        capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
+        and (tmp_path / "mine/file.txt").exists()
+    )
 
 
 def test_mathml_without_node(tmp_path):
     pytest.importorskip("pypandoc", reason="no pandoc: pip install pypandoc-binary")
     site = S.build("_site", root=project(tmp_path), engine="smalldocs", math="pandoc")
     page = read(site, "core/sample.html")
-    assert page.count("<math") >= 10 and "<mtable" in page and 'class="katex' not in page and not (site / "site_libs/katex").exists()
+    assert (
+        page.count("<math") >= 10
+        and "<mtable" in page
+        and 'class="katex' not in page
+        and not (site / "site_libs/katex").exists()
+    )
 
 
 def test_katex_is_local(sample):
-    if S.find_katex() is None: pytest.skip("KaTeX is not to be had: it needs node, and npm to fetch it once")
+    if S.find_katex() is None:
+        pytest.skip("KaTeX is not to be had: it needs node, and npm to fetch it once")
     css = read(sample, "site_libs/katex/katex.min.css")
     fonts = set(re.findall(r"url\((?:\.?/?)(fonts/[^)]+)\)", css))
     assert fonts and all((sample / "site_libs/katex" / f).is_file() for f in fonts)
@@ -331,20 +603,42 @@ def test_katex_is_local(sample):
 
 @pytest.mark.slow
 def test_quarto_makes_the_same_pages(tmp_path, sample):
-    if not shutil.which("quarto"): pytest.skip("Quarto is not installed")
+    if not shutil.which("quarto"):
+        pytest.skip("Quarto is not installed")
     site = S.build("_site", root=project(tmp_path), engine="quarto")
-    pages = lambda s: {f.relative_to(s).as_posix() for f in s.rglob("*.html") if "site_libs" not in f.parts}
+    pages = lambda s: {
+        f.relative_to(s).as_posix() for f in s.rglob("*.html") if "site_libs" not in f.parts
+    }
     assert pages(site) == pages(sample)
 
 
 # ---------------------------------------------------------------- in a browser
 
+
 @pytest.fixture(scope="session")
 def chromium():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install diffkit[dev]")
-    exe = next((p for p in ("/usr/bin/chromium", "/usr/bin/chromium-browser", shutil.which("chromium"), shutil.which("google-chrome")) if p and Path(p).exists()), None)
-    if exe is None: pytest.skip("no Chromium found (Debian: apt-get install chromium)")
-    args = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+    sync = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install diffkit[dev]"
+    )
+    exe = next(
+        (
+            p
+            for p in (
+                "/usr/bin/chromium",
+                "/usr/bin/chromium-browser",
+                shutil.which("chromium"),
+                shutil.which("google-chrome"),
+            )
+            if p and Path(p).exists()
+        ),
+        None,
+    )
+    if exe is None:
+        pytest.skip("no Chromium found (Debian: apt-get install chromium)")
+    args = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+        " --disable-background-networking --disable-component-update --disable-sync".split()
+    )
     with sync.sync_playwright() as p:
         b = p.chromium.launch(executable_path=exe, args=args)
         yield b
@@ -353,7 +647,9 @@ def chromium():
 
 class Quiet(SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    def log_message(self, *a): pass
+
+    def log_message(self, *a):
+        pass
 
     def end_headers(self):
         self.send_header("Cache-Control", "max-age=600")
@@ -373,14 +669,32 @@ def served(built):
 
 @pytest.fixture
 def tab(chromium, served):
-    "A page whose console errors, failed requests and requests to elsewhere are kept in `tab.wrong`."
+    """A page whose console errors, failed requests and requests to elsewhere are kept in
+    `tab.wrong`."""
     context = chromium.new_context(viewport={"width": 1400, "height": 900}, color_scheme="light")
     page = context.new_page()
     page.wrong = []
-    page.on("console", lambda m: page.wrong.append(f"{page.url}: {m.text}") if m.type in ("error", "warning") else None)
+    page.on(
+        "console",
+        lambda m: (
+            page.wrong.append(f"{page.url}: {m.text}") if m.type in ("error", "warning") else None
+        ),
+    )
     page.on("pageerror", lambda e: page.wrong.append(f"{page.url}: {e}"))
-    page.on("request", lambda r: page.wrong.append(f"{page.url}: loads {r.url}") if not r.url.startswith((served[0], "data:", "blob:")) else None)
-    page.on("response", lambda r: page.wrong.append(f"{page.url}: {r.status} for {r.url}") if r.status >= 400 else None)
+    page.on(
+        "request",
+        lambda r: (
+            page.wrong.append(f"{page.url}: loads {r.url}")
+            if not r.url.startswith((served[0], "data:", "blob:"))
+            else None
+        ),
+    )
+    page.on(
+        "response",
+        lambda r: (
+            page.wrong.append(f"{page.url}: {r.status} for {r.url}") if r.status >= 400 else None
+        ),
+    )
     yield page
     context.close()
 
@@ -393,23 +707,43 @@ def test_every_page_in_a_browser(served, tab):
     for f in sorted(site.rglob("*.html")):
         name = f.relative_to(site).as_posix()
         tab.goto(base + name, wait_until="load")
-        seen = tab.evaluate("""() => ({title: document.title, h1: !!document.querySelector('h1'), math: document.querySelectorAll('main .katex, main math').length,
+        seen = tab.evaluate(
+            """() => ({title: document.title, h1: !!document.querySelector('h1'), math: document.querySelectorAll('main .katex, main math').length,
             raw: [...document.querySelectorAll('main .math')].filter((e) => !e.querySelector('.katex, math') || !e.getBoundingClientRect().height && e.offsetParent).length,
             broken: [...document.images].filter((i) => i.complete && !i.naturalWidth).length, wide: document.documentElement.scrollWidth - innerWidth,
-            fonts: document.fonts.size ? [...document.fonts].filter((f) => f.status === 'error').length : 0})""")
-        assert seen["title"] and seen["h1"] and not seen["raw"] and not seen["broken"] and not seen["fonts"] and seen["wide"] <= 0, (name, seen)
+            fonts: document.fonts.size ? [...document.fonts].filter((f) => f.status === 'error').length : 0})"""
+        )
+        assert (
+            seen["title"]
+            and seen["h1"]
+            and not seen["raw"]
+            and not seen["broken"]
+            and not seen["fonts"]
+            and seen["wide"] <= 0
+        ), (name, seen)
         cells = sources[name].nb["cells"] if name in sources else []
-        if any(re.search(r"\$[^\s$][^$]*\$", re.sub(r"`[^`]*`", "", S.text_of(c["source"]))) for c in cells if c["cell_type"] == "markdown"): assert seen["math"], name
+        if any(
+            re.search(r"\$[^\s$][^$]*\$", re.sub(r"`[^`]*`", "", S.text_of(c["source"])))
+            for c in cells
+            if c["cell_type"] == "markdown"
+        ):
+            assert seen["math"], name
         sizes.reverse()  # both widths of every page, one change of size a page
         tab.set_viewport_size(sizes[0])
-        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, f"{name} is wider than {sizes[0]['width']} pixels"
+        assert tab.evaluate("document.documentElement.scrollWidth - innerWidth") <= 0, (
+            f"{name} is wider than {sizes[0]['width']} pixels"
+        )
     assert not tab.wrong
 
 
 @pytest.mark.browser
 def test_dark_mode(served, tab):
     tab.goto(served[0] + "index.html")
-    light = lambda: tab.evaluate("(() => { const [r, g, b] = getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number); return r + g + b > 380; })()")
+    light = lambda: tab.evaluate(
+        "(() => { const [r, g, b] ="
+        " getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number); return r + g"
+        " + b > 380; })()"
+    )
     assert light()
     tab.click(".quarto-color-scheme-toggle")
     tab.wait_for_function("document.documentElement.classList.contains('quarto-dark')")
@@ -424,15 +758,26 @@ def test_dark_mode(served, tab):
 @pytest.mark.browser
 def test_player_slider_changes_the_frame(served, tab):
     base, site, _ = served
-    names = [f.relative_to(site).as_posix() for f in sorted(site.rglob("*.html")) if 'type="range"' in f.read_text(encoding="utf-8")]
-    if not names: pytest.skip("no notebook has a player yet")
+    names = [
+        f.relative_to(site).as_posix()
+        for f in sorted(site.rglob("*.html"))
+        if 'type="range"' in f.read_text(encoding="utf-8")
+    ]
+    if not names:
+        pytest.skip("no notebook has a player yet")
     for name in names:
         tab.goto(base + name)
         for slider in tab.query_selector_all("main input[type=range]"):
             box = slider.evaluate_handle("e => e.closest('.cell-output-display')")
-            frame = lambda b=box: b.evaluate("e => [...e.querySelectorAll('img, svg, canvas')].map((x) => getComputedStyle(x).display + (x.src || '').slice(-200)).join()")
+            frame = lambda b=box: b.evaluate(
+                "e => [...e.querySelectorAll('img, svg, canvas')].map((x) =>"
+                " getComputedStyle(x).display + (x.src || '').slice(-200)).join()"
+            )
             before = frame()
-            slider.evaluate("e => { e.value = +e.value === +e.max ? e.min : e.max; e.dispatchEvent(new Event('input', {bubbles: true})); }")
+            slider.evaluate(
+                "e => { e.value = +e.value === +e.max ? e.min : e.max; e.dispatchEvent(new"
+                " Event('input', {bubbles: true})); }"
+            )
             assert frame() != before, f"{name}: a slider changes nothing"
     assert not tab.wrong
 
@@ -442,14 +787,18 @@ def test_search_finds_a_function(served, tab):
     base, site, _ = served
     names = {e["section"]: e["href"] for e in json.loads(read(site, "search.json"))}
     want = next((n for n in ("time_grid", "time_like") if n in names), None)
-    if want is None: pytest.skip("no such function yet")
+    if want is None:
+        pytest.skip("no such function yet")
     tab.goto(base + "overview.html")
     tab.fill("#quarto-search input", want)
     first = tab.wait_for_selector("#quarto-search .search-result")
     assert want in first.inner_text()
     first.click()
     tab.wait_for_url("**/" + names[want])
-    assert tab.evaluate("document.getElementById(location.hash.slice(1)).getBoundingClientRect().top") < 900
+    assert (
+        tab.evaluate("document.getElementById(location.hash.slice(1)).getBoundingClientRect().top")
+        < 900
+    )
     tab.fill("#quarto-search input", "zzzz nothing zzzz")
     tab.wait_for_selector("#quarto-search .search-none")
     assert not tab.wrong
@@ -458,7 +807,10 @@ def test_search_finds_a_function(served, tab):
 @pytest.mark.browser
 def test_scorecard_filter(served, tab):
     tab.goto(served[0] + "scorecard.html")
-    count = lambda v: tab.evaluate(f"[...document.querySelectorAll('tr[data-verdict={v}]')].filter((r) => r.offsetParent).length")
+    count = lambda v: tab.evaluate(
+        f"[...document.querySelectorAll('tr[data-verdict={v}]')].filter((r) =>"
+        " r.offsetParent).length"
+    )
     yes, no = count("yes"), count("no")
     tab.click(".dk-filter button[data-show=no]")
     assert count("yes") == 0 and count("no") == no

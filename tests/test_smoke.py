@@ -1,4 +1,6 @@
-"""The papers' notebooks at the sizes of one GPU, two steps of everything: the path that a processor never takes otherwise."""
+"""The papers' notebooks at the sizes of one GPU, two steps of everything: the path that a
+processor never takes otherwise."""
+
 import pytest
 
 from diffkit.core.lab import notebooks, run_one

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCALES', 'CLAIM_MIME', 'VERDICTS', 'scale', 'pick', 'steps', 'device', 'seed_everything', 'Spread', 'repeat',
-           'verdict', 'Claim', 'claim', 'root', 'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic',
-           'run_one', 'run']
+__all__ = ['SCALES', 'CLAIM_MIME', 'VERDICTS', 'scale', 'pick', 'steps', 'device',
+           'seed_everything', 'Spread', 'repeat', 'verdict', 'Claim', 'claim', 'not_tried', 'root',
+           'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic', 'run_one', 'run']
 
 # %% ../../nbs/core/009_lab.ipynb #888cce00
 SCALES = ("quick", "full", "smoke")
@@ -29,22 +29,25 @@ SCALES = ("quick", "full", "smoke")
 def scale() -> str:  # "quick", "full" or "smoke"
     "The scale of this run, from the environment variable DIFFKIT_SCALE."
     s = os.environ.get("DIFFKIT_SCALE", "quick")
-    if s not in SCALES: raise ValueError(f"DIFFKIT_SCALE must be one of {', '.join(SCALES)}, got {s!r}")
+    if s not in SCALES:
+        raise ValueError(f"DIFFKIT_SCALE must be one of {', '.join(SCALES)}, got {s!r}")
     return s
 
 
-def pick(quick,  # value for a laptop's processor
-         full,  # value for one GPU
-         smoke=None,  # value for a test run of the full sizes; default: that of full
-        ):  # the one for this scale
+def pick(
+    quick,  # value for a laptop's processor
+    full,  # value for one GPU
+    smoke=None,  # value for a test run of the full sizes; default: that of full
+):  # the one for this scale
     "Choose by the scale of this run."
     s = scale()
     return quick if s == "quick" else full if s == "full" or smoke is None else smoke
 
 
-def steps(quick: int,  # number of iterations on a processor
-          full: int,  # number of iterations on a GPU
-         ) -> int:
+def steps(
+    quick: int,
+    full: int,  # number of iterations on a processor  # number of iterations on a GPU
+) -> int:
     "An iteration count: `smoke` gives two."
     return pick(quick, full, 2)
 
@@ -52,199 +55,354 @@ def steps(quick: int,  # number of iterations on a processor
 def device():  # -> torch.device
     "The accelerator if there is one, else the processor; DIFFKIT_DEVICE overrides."
     import torch
-    if name := os.environ.get("DIFFKIT_DEVICE"): return torch.device(name)
-    if torch.cuda.is_available(): return torch.device("cuda")
+
+    if name := os.environ.get("DIFFKIT_DEVICE"):
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def seed_everything(seed: int = 0,  # seed of all sources of randomness
-                   ):  # -> torch.Generator on the processor, seeded too
+def seed_everything(
+    seed: int = 0,  # seed of all sources of randomness
+):  # -> torch.Generator on the processor, seeded too
     "Seed Python, numpy and torch; returns a generator for code that takes one."
     import random
 
     import torch
-    random.seed(seed); np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries that draw from numpy's global state are the reason)
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
 
 # %% ../../nbs/core/009_lab.ipynb #645c7f1e
 class Spread:
     "Values of one quantity over seeds."
-    def __init__(self, values): self.values = np.asarray(values, dtype=float)
+
+    def __init__(self, values):
+        self.values = np.asarray(values, dtype=float)
+
     @property
-    def n(self): return len(self.values)
+    def n(self):
+        return len(self.values)
+
     @property
-    def mean(self): return self.values.mean(0)
+    def mean(self):
+        return self.values.mean(0)
+
     @property
-    def std(self): return self.values.std(0, ddof=1) if self.n > 1 else np.zeros_like(self.values[0])
+    def std(self):
+        return self.values.std(0, ddof=1) if self.n > 1 else np.zeros_like(self.values[0])
+
     @property
-    def sem(self): return self.std / self.n**.5  # standard error of the mean
-    def __format__(self, spec): return f"{self.mean:{spec or '.3g'}} ± {self.std:{spec or '.2g'}} (n={self.n})"
-    def __repr__(self): return format(self, "") if self.values.ndim == 1 else f"Spread{self.values.shape}"
-    def __array__(self, dtype=None, copy=None): return self.values.astype(dtype or float)
-    def __len__(self): return self.n
+    def sem(self):
+        return self.std / self.n**0.5  # standard error of the mean
+
+    def __format__(self, spec):
+        return f"{self.mean:{spec or '.3g'}} ± {self.std:{spec or '.2g'}} (n={self.n})"
+
+    def __repr__(self):
+        return format(self, "") if self.values.ndim == 1 else f"Spread{self.values.shape}"
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values.astype(dtype or float)
+
+    def __len__(self):
+        return self.n
 
 
-def repeat(f,  # seed -> number, array, or dict of these
-           seeds=range(5),  # the seeds; all values are kept
-          ) -> Spread | dict[str, Spread]:
+def repeat(
+    f,
+    seeds=range(5),  # seed -> number, array, or dict of these  # the seeds; all values are kept
+) -> Spread | dict[str, Spread]:
     "Run an experiment over seeds and keep every value."
     out = [f(s) for s in seeds]
-    if not out: raise ValueError("seeds must hold at least one seed, got none")
+    if not out:
+        raise ValueError("seeds must hold at least one seed, got none")
     value = lambda v: v.detach().cpu().numpy() if hasattr(v, "detach") else v
-    return {k: Spread([value(o[k]) for o in out]) for k in out[0]} if isinstance(out[0], dict) else Spread([value(o) for o in out])
+    return (
+        {k: Spread([value(o[k]) for o in out]) for k in out[0]}
+        if isinstance(out[0], dict)
+        else Spread([value(o) for o in out])
+    )
 
 
-def verdict(a,  # values over seeds, or a number
-            b,  # values over the same seeds, or a number
-           ) -> str:  # "yes", "no" or "open"
-    "Is `a < b`? Paired over seeds; `open` while the mean difference is within two standard errors of zero."
+def verdict(
+    a,
+    b,  # values over seeds, or a number  # values over the same seeds, or a number
+) -> str:  # "yes", "no" or "open"
+    """Is `a < b`? Paired over seeds; `open` while the mean difference is within two standard
+    errors of zero."""
     d = np.atleast_1d(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
-    if not np.isfinite(d).all(): raise ValueError(f"a and b must be finite, got differences {d}")
-    bar = 2 * d.std(ddof=1) / len(d)**.5 if len(d) > 1 else 0.
+    if not np.isfinite(d).all():
+        raise ValueError(f"a and b must be finite, got differences {d}")
+    bar = 2 * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0.0
     return "yes" if d.mean() < -bar else "no" if d.mean() > bar else "open"
 
 # %% ../../nbs/core/009_lab.ipynb #075add43
 CLAIM_MIME = "application/vnd.diffkit.claim+json"
-VERDICTS = {"yes": "holds", "no": "does not hold", "open": "open"}
+VERDICTS = {"yes": "holds", "no": "does not hold", "open": "open", "untried": "not tried"}
 
 
 class Claim:
     "One row of the scorecard."
-    def __init__(self, **row): self.row = row
+
+    def __init__(self, **row):
+        self.row = row
+
     def __repr__(self):
         r = self.row
-        return f"{VERDICTS[r['verdict']]}: {r['says']}\n  measured: {r['measured']}" + (f"\n  paper: {r['paper']}" if r["paper"] else "") + (f"\n  note: {r['note']}" if r["note"] else "")
+        return (
+            f"{VERDICTS[r['verdict']]}: {r['says']}"
+            + (f"\n  measured: {r['measured']}" if r["measured"] else "")
+            + (f"\n  paper: {r['paper']}" if r["paper"] else "")
+            + (f"\n  note: {r['note']}" if r["note"] else "")
+        )
 
     def _repr_html_(self):
         r = self.row
-        more = "".join(f"<br><small><b>{k}</b> {escape(r[k])}</small>" for k in ("paper", "note") if r[k])
-        color = {"yes": "#009E73", "no": "#D55E00", "open": "#8a6d00"}[r["verdict"]]
-        return (f'<div class="dk-claim dk-{r["verdict"]}" style="border-left:4px solid {color};padding:.3em .8em;margin:.4em 0"><b style="color:{color}">{VERDICTS[r["verdict"]]}</b> '
-                f'{escape(r["says"])}<br><small><b>measured</b> {escape(r["measured"])}</small>{more}</div>')
+        more = "".join(
+            f"<br><small><b>{k}</b> {escape(r[k])}</small>"
+            for k in ("measured", "paper", "note")
+            if r[k]
+        )
+        colors = {"yes": "#00805A", "no": "#C75000", "open": "#806000", "untried": "#5b6570"}
+        color = colors[r["verdict"]]
+        return (
+            f'<div class="dk-claim dk-{r["verdict"]}" style="border-left:4px solid'
+            f' {color};padding:.3em .8em;margin:.4em 0"><b'
+            f' style="color:{color}">{VERDICTS[r["verdict"]]}</b>'
+            f" {escape(r['says'])}{more}</div>"
+        )
 
     def bundle(self) -> dict:  # mime type -> data
         return {CLAIM_MIME: self.row, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
-    def _ipython_display_(self): pass  # `claim` has shown it already, also where it is not a cell's last line
+    # `claim` has shown it already, also where it is not a cell's last line
+    def _ipython_display_(self):
+        pass
 
 
-def claim(says: str,  # what the paper says, in one sentence
-          measured: str,  # what was measured here, made from the values with their spread
-          holds: str,  # "yes", "no" or "open" (within noise at this scale): the verdict expected at the quick scale
-          *,
-          paper: str = "",  # the paper's own figure
-          note: str = "",  # the reason, where a claim does not hold; what differs from the paper
-          check: bool | str | None = None,  # the verdict computed from the measurement
-         ) -> Claim:
-    "Put a claim on the scorecard; raises `AssertionError` where the measurement disagrees with `holds` at the quick scale."
-    if holds not in VERDICTS: raise ValueError(f"holds must be one of {', '.join(VERDICTS)}, got {holds!r}")
-    if not isinstance(measured, str): raise TypeError(f"measured must be a string made from the values, got {type(measured).__name__}")
-    found = holds if check is None else check if isinstance(check, str) else "yes" if check else "no"
-    if found not in VERDICTS: raise ValueError(f"check must be a bool or one of {', '.join(VERDICTS)}, got {check!r}")
-    if scale() == "quick" and found != holds: raise AssertionError(f"the verdict changed: expected {holds!r}, measured {found!r} ({measured}) for the claim: {says}")
-    row = Claim(says=says, measured=measured, holds=holds, verdict=found, paper=paper, note=note, scale=scale())
+def _post(**row):  # show a row of the scorecard
+    row = Claim(**row, scale=scale())
     if "IPython" in sys.modules:
         from IPython.display import display
+
         display(row.bundle(), raw=True)
     return row
 
+
+def claim(
+    says: str,  # what the paper says, in one sentence
+    measured: str,  # what was measured here, made from the values with their spread
+    holds: str,  # "yes", "no", "open" (within noise): the verdict expected at the quick scale
+    *,
+    paper: str = "",  # the paper's own figure
+    note: str = "",  # the reason, where a claim does not hold; what differs from the paper
+    check: bool | str | None = None,  # the verdict computed from the measurement
+) -> Claim:
+    """Put a claim on the scorecard; raises `AssertionError` where the measurement disagrees
+    with `holds` at the quick scale."""
+    known = [v for v in VERDICTS if v != "untried"]
+    if holds not in known:
+        raise ValueError(f"holds must be one of {', '.join(known)}, got {holds!r}")
+    if not isinstance(measured, str):
+        raise TypeError(
+            f"measured must be a string made from the values, got {type(measured).__name__}"
+        )
+    found = (
+        holds if check is None else check if isinstance(check, str) else "yes" if check else "no"
+    )
+    if found not in known:
+        raise ValueError(f"check must be a bool or one of {', '.join(known)}, got {check!r}")
+    if scale() == "quick" and found != holds:
+        raise AssertionError(
+            f"the verdict changed: expected {holds!r}, measured {found!r} ({measured}) for the"
+            f" claim: {says}"
+        )
+    return _post(says=says, measured=measured, holds=holds, verdict=found, paper=paper, note=note)
+
+
+def not_tried(
+    says: str,  # a statement of the paper's abstract that could be measured, in one sentence
+    why: str,  # the reason why it is not measured here
+    *,
+    paper: str = "",  # the paper's own figure
+) -> Claim:
+    "List a statement of the paper on the scorecard as not tried."
+    for name, text in (("says", says), ("why", why)):
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{name} must be a sentence, got {text!r}")
+    return _post(says=says, measured="", holds="untried", verdict="untried", paper=paper, note=why)
+
 # %% ../../nbs/core/009_lab.ipynb #9a7c069a
 def root() -> Path:
-    "The folder that holds `nbs/`: the environment variable DIFFKIT_ROOT, else the nearest parent of the working directory, else the checkout that the package was imported from."
-    if r := os.environ.get("DIFFKIT_ROOT"): places = [Path(r)]
-    else: places = [Path.cwd(), *Path.cwd().parents, Path(__file__).resolve().parents[2] if "__file__" in globals() else Path.cwd()]
+    """The folder that holds `nbs/`: the environment variable DIFFKIT_ROOT, else the nearest
+    parent of the working directory, else the checkout that the package was imported from."""
+    if r := os.environ.get("DIFFKIT_ROOT"):
+        places = [Path(r)]
+    else:
+        places = [
+            Path.cwd(),
+            *Path.cwd().parents,
+            Path(__file__).resolve().parents[2] if "__file__" in globals() else Path.cwd(),
+        ]
     for p in places:
-        if (p / "nbs").is_dir() and (p / "settings.ini").is_file(): return p
-    raise FileNotFoundError(f"no folder with nbs/ and settings.ini found at {places[0]} or above; run inside a checkout or set DIFFKIT_ROOT")
+        if (p / "nbs").is_dir() and (p / "settings.ini").is_file():
+            return p
+    raise FileNotFoundError(
+        f"no folder with nbs/ and settings.ini found at {places[0]} or above; run inside a checkout"
+        " or set DIFFKIT_ROOT"
+    )
 
 
-def notebooks() -> dict[str, Path]:  # slug -> path, in the order of the numbers; then the front page and the benchmarks, which have none
+def notebooks() -> dict[str, Path]:
+    # slug -> path, in the order of the numbers; then the front page and the benchmarks, which have
+    # none
     "All notebooks of the course."
-    files = sorted((p for p in (root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts), key=lambda p: p.name)
+    files = sorted(
+        (p for p in (root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
+        key=lambda p: p.name,
+    )
     slugs = [re.sub(r"^\d{3}_", "", p.stem) for p in files]
-    return {s if slugs.count(s) == 1 else p.stem: p for s, p in zip(slugs, files)}  # 299_compare and 399_compare keep their numbers
+    # 299_compare and 399_compare keep their numbers
+    return {s if slugs.count(s) == 1 else p.stem: p for s, p in zip(slugs, files)}
 
 
-def find(slug: str,  # slug, number ("203") or file name of a notebook
-        ) -> Path:
+def find(slug: str) -> Path:  # slug, number ("203") or file name of a notebook
     "The notebook of a slug; an unknown one raises `ValueError` with the nearest names."
     nbs = notebooks()
     for s, p in nbs.items():
-        if slug in (s, p.stem, p.stem[:3], p.name, str(p)): return p
-    near = difflib.get_close_matches(slug, [*nbs, *(p.stem for p in nbs.values())], n=3, cutoff=.4)
-    raise ValueError(f"no notebook {slug!r}" + (f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(nbs)}"))
+        if slug in (s, p.stem, p.stem[:3], p.name, str(p)):
+            return p
+    near = difflib.get_close_matches(slug, [*nbs, *(p.stem for p in nbs.values())], n=3, cutoff=0.4)
+    raise ValueError(
+        f"no notebook {slug!r}"
+        + (f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(nbs)}")
+    )
 
 
-def title(path: Path,  # a notebook
-         ) -> tuple[str, str]:  # title, description
+def title(path: Path) -> tuple[str, str]:  # a notebook  # title, description
     "Title and one-line description from a notebook's first cell."
     src = "".join(json.loads(Path(path).read_text(encoding="utf-8"))["cells"][0]["source"])
     get = lambda pat: m[1].strip() if (m := re.search(pat, src, re.M)) else ""
     return get(r"^#\s+(.*)$"), get(r"^>\s+(.*)$")
 
 
-def claims(path: Path,  # an executed notebook
-          ) -> list[dict]:
+def claims(path: Path) -> list[dict]:  # an executed notebook
     "The claims that a notebook's outputs hold."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    return [o["data"][CLAIM_MIME] for c in cells for o in c.get("outputs", []) if CLAIM_MIME in o.get("data", {})]
+    return [
+        o["data"][CLAIM_MIME]
+        for c in cells
+        for o in c.get("outputs", [])
+        if CLAIM_MIME in o.get("data", {})
+    ]
 
 
 def scorecard() -> list[dict]:  # one row a claim, with "slug" and "title" added
     "All claims of all notebooks."
-    return [{"slug": s, "title": title(p)[0], "path": str(p.relative_to(root())), **c} for s, p in notebooks().items() for c in claims(p)]
+    return [
+        {"slug": s, "title": title(p)[0], "path": str(p.relative_to(root())), **c}
+        for s, p in notebooks().items()
+        for c in claims(p)
+    ]
 
 # %% ../../nbs/core/009_lab.ipynb #c0a8032f
-def _key(path, scale):  # what a result depends on: the notebook's sources (not its outputs), the package's, the scale
+def _key(path, scale):
+    # what a result depends on: the notebook's sources (not its outputs), the package's, the scale
     import hashlib
+
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    h = hashlib.sha256(json.dumps([scale] + ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]).encode())
-    for p in sorted(Path(find_spec("diffkit").submodule_search_locations[0]).rglob("*.py")): h.update(p.read_bytes())
+    h = hashlib.sha256(
+        json.dumps(
+            [scale] + ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        ).encode()
+    )
+    for p in sorted(Path(find_spec("diffkit").submodule_search_locations[0]).rglob("*.py")):
+        h.update(p.read_bytes())
     return h.hexdigest()[:16]
 
 
-def write_atomic(path: str | Path,  # file to write
-                 data: str | bytes,  # its whole content
-                ) -> None:
+def write_atomic(path: str | Path, data: str | bytes) -> None:  # file to write  # its whole content
     "Write a file so that it is old or new but never half: temporary file, fsync, rename."
     import tempfile
+
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
-        with os.fdopen(fd, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with os.fdopen(fd, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except BaseException:
         Path(tmp).unlink(missing_ok=True)
         raise
 
 
-def run_one(path: Path,  # notebook
-            scale: str = "quick",  # its size
-            save: Path | None = None,  # where the executed copy goes; None throws it away
-            timeout: int = 3600,  # seconds for one cell
-           ) -> dict:  # slug, ok, seconds, and on failure cell (1-based, of the code cells), source, error
+def run_one(
+    path: Path,  # notebook
+    scale: str = "quick",  # its size
+    save: Path | None = None,  # where the executed copy goes; None throws it away
+    timeout: int = 3600,  # seconds for one cell
+) -> dict:  # slug, ok, seconds, and on failure cell (1-based, of the code cells), source, error
     "Execute one notebook in a kernel of its own."
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+
     path, start = Path(path), time.monotonic()
     nb = nbformat.read(path, 4)
     for c in nb.cells:
-        if c.cell_type == "code": c.outputs, c.execution_count = [], None
+        if c.cell_type == "code":
+            c.outputs, c.execution_count = [], None
     out = dict(slug=path.stem, path=str(path), scale=scale, ok=True, claims=[])
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(path.parent)}},
+    )
     try:
-        client.execute(env={**os.environ, "DIFFKIT_SCALE": scale, "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore")})
+        client.execute(
+            env={
+                **os.environ,
+                "DIFFKIT_SCALE": scale,
+                "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
+            }
+        )
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
         code = [c for c in nb.cells if c.cell_type == "code"]
-        k = next((i for i, c in enumerate(code) if any(o.get("output_type") == "error" for o in c.outputs)), next((i for i, c in enumerate(code) if c.execution_count is None), 0))
+        k = next(
+            (
+                i
+                for i, c in enumerate(code)
+                if any(o.get("output_type") == "error" for o in c.outputs)
+            ),
+            next((i for i, c in enumerate(code) if c.execution_count is None), 0),
+        )
         err = next((o for o in code[k].outputs if o.get("output_type") == "error"), None)
         clean = lambda s: re.sub(r"\x1b\[[0-9;]*m", "", s)
-        out |= dict(ok=False, cell=k + 1, source=code[k].source, error=f"{err['ename']}: {clean(err['evalue'])}" if err else f"{type(e).__name__}: {clean(str(e))[:500]}",
-                    traceback=clean("\n".join(err["traceback"])) if err else "")
-    out["claims"] = [o["data"][CLAIM_MIME] for c in nb.cells for o in c.get("outputs", []) if CLAIM_MIME in o.get("data", {})]
+        out |= dict(
+            ok=False,
+            cell=k + 1,
+            source=code[k].source,
+            error=(
+                f"{err['ename']}: {clean(err['evalue'])}"
+                if err
+                else f"{type(e).__name__}: {clean(str(e))[:500]}"
+            ),
+            traceback=clean("\n".join(err["traceback"])) if err else "",
+        )
+    out["claims"] = [
+        o["data"][CLAIM_MIME]
+        for c in nb.cells
+        for o in c.get("outputs", [])
+        if CLAIM_MIME in o.get("data", {})
+    ]
     out["seconds"] = round(time.monotonic() - start, 1)
     if save:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
@@ -252,34 +410,62 @@ def run_one(path: Path,  # notebook
     return out
 
 
-def run(slugs: list | None = None,  # slugs, numbers or paths; None: all but the benchmarks
-        scale: str = "quick",  # size of the experiments
-        jobs: int = 2,  # notebooks at once
-        backend: str = "loky",  # joblib's backend; "dask" or "ray" on a cluster
-        out: str | Path | None = None,  # folder for executed copies and results, from which a broken run goes on
-        progress: bool = True,  # show a bar and a line a notebook
-       ) -> list[dict]:  # one row a notebook
-    "Execute notebooks side by side; a failure is reported with its cell and does not stop the others."
-    if scale not in SCALES: raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
-    if jobs < 1: raise ValueError(f"jobs must be at least 1, got {jobs}")
+def run(
+    slugs: list | None = None,  # slugs, numbers or paths; None: all but the benchmarks
+    scale: str = "quick",  # size of the experiments
+    jobs: int = 2,  # notebooks at once
+    backend: str = "loky",  # joblib's backend; "dask" or "ray" on a cluster
+    # folder for executed copies and results, from which a broken run goes on
+    out: str | Path | None = None,
+    progress: bool = True,  # show a bar and a line a notebook
+) -> list[dict]:  # one row a notebook
+    """Execute notebooks side by side; a failure is reported with its cell and does not stop the
+    others."""
+    if scale not in SCALES:
+        raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
-    paths = [p if isinstance(p, Path) else Path(p) if str(p).endswith(".ipynb") and Path(p).is_file() else find(str(p)) for p in (slugs or [p for p in notebooks().values() if p.parent.name != "benchmarks"])]  # benchmarks compare times: they are asked for by name, on a quiet machine
+
+    # benchmarks compare times: they are asked for by name, on a quiet machine
+    paths = [
+        (
+            p
+            if isinstance(p, Path)
+            else Path(p)
+            if str(p).endswith(".ipynb") and Path(p).is_file()
+            else find(str(p))
+        )
+        for p in slugs or [p for p in notebooks().values() if p.parent.name != "benchmarks"]
+    ]
     out = Path(out) if out else root() / "_build" / "runs" / scale
     out.mkdir(parents=True, exist_ok=True)
 
     def one(path):
         done = out / f"{path.stem}-{_key(path, scale)}.json"
-        if done.is_file(): return {**json.loads(done.read_text()), "cached": True}
+        if done.is_file():
+            return {**json.loads(done.read_text()), "cached": True}
         row = run_one(path, scale, save=out / f"{path.stem}.ipynb")
-        if row["ok"]: write_atomic(done, json.dumps(row))  # a failure is tried again next time
+        if row["ok"]:
+            write_atomic(done, json.dumps(row))  # a failure is tried again next time
         return row
 
     rows, bar = [], tqdm(total=len(paths), disable=not progress, desc=f"notebooks ({scale})")
-    for row in Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered")(delayed(one)(p) for p in paths):
-        rows.append(row); bar.update()
+    for row in Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered")(
+        delayed(one)(p) for p in paths
+    ):
+        rows.append(row)
+        bar.update()
         if progress:
-            bar.write(f"{'ok  ' if row['ok'] else 'FAIL'} {row['slug']:32s} {row['seconds']:7.1f} s" + (" (done before)" if row.get("cached") else ""))
-            if not row["ok"]: bar.write(f"     cell {row['cell']}: {row['error']}\n" + "\n".join("     | " + line for line in row["source"].splitlines()[:12]))
+            bar.write(
+                f"{'ok  ' if row['ok'] else 'FAIL'} {row['slug']:32s} {row['seconds']:7.1f} s"
+                + (" (done before)" if row.get("cached") else "")
+            )
+            if not row["ok"]:
+                bar.write(
+                    f"     cell {row['cell']}: {row['error']}\n"
+                    + "\n".join("     | " + line for line in row["source"].splitlines()[:12])
+                )
     bar.close()
     return sorted(rows, key=lambda r: r["slug"])

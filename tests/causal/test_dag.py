@@ -1,4 +1,5 @@
 """Parity of diffkit.causal.dag with peers, and properties too heavy for the notebook."""
+
 import contextlib
 import io
 import itertools
@@ -9,8 +10,33 @@ import pytest
 import torch
 
 from diffkit.causal.dag import (
-    FAST, cpdag, covariance, dagma, fit_given_order, follow_path, h_exp, h_logdet, h_poly, is_dag, lasso_given_order, notears, plot_dag, random_dag, random_weights,
-    residual_variances, sachs, scores, sem_covariance, shd_cpdag, sid, simulate, sort_n_regress, to_dag, topological_order, varsortability)
+    FAST,
+    cpdag,
+    covariance,
+    dagma,
+    fit_given_order,
+    follow_path,
+    h_exp,
+    h_logdet,
+    h_poly,
+    is_dag,
+    lasso_given_order,
+    notears,
+    plot_dag,
+    random_dag,
+    random_weights,
+    residual_variances,
+    sachs,
+    scores,
+    sem_covariance,
+    shd_cpdag,
+    sid,
+    simulate,
+    sort_n_regress,
+    to_dag,
+    topological_order,
+    varsortability,
+)
 
 
 def problem(d=20, k=2, seed=0, n=1000):
@@ -18,13 +44,28 @@ def problem(d=20, k=2, seed=0, n=1000):
     return W, simulate(W, n, generator=seed)
 
 
-@pytest.mark.parametrize("s", [(1., .9, .8, .7), (1., 1.)])
+@pytest.mark.parametrize("s", [(1.0, 0.9, 0.8, 0.7), (1.0, 1.0)])
 def test_dagma_parity(s):
     linear = pytest.importorskip("dagma.linear")
     W, X = problem()
     with contextlib.redirect_stderr(io.StringIO()):
-        theirs = linear.DagmaLinear("l2").fit(X.copy(), lambda1=.05, w_threshold=0., T=len(s), s=list(s), warm_iter=200 // len(s), max_iter=200 // len(s), lr=3e-4)
-    ours = dagma(covariance(X), iters=(200 // len(s),) * len(s), s=s, mu=[.1**k for k in range(len(s))], allowed=np.ones((20, 20))).raw
+        theirs = linear.DagmaLinear("l2").fit(
+            X.copy(),
+            lambda1=0.05,
+            w_threshold=0.0,
+            T=len(s),
+            s=list(s),
+            warm_iter=200 // len(s),
+            max_iter=200 // len(s),
+            lr=3e-4,
+        )
+    ours = dagma(
+        covariance(X),
+        iters=(200 // len(s),) * len(s),
+        s=s,
+        mu=[0.1**k for k in range(len(s))],
+        allowed=np.ones((20, 20)),
+    ).raw
     assert np.abs(theirs - ours).max() < 1e-6
 
 
@@ -33,18 +74,44 @@ def test_dagma_parity_out_of_domain():
     linear = pytest.importorskip("dagma.linear")
     W, X = problem(seed=3)
     with contextlib.redirect_stderr(io.StringIO()):
-        theirs = linear.DagmaLinear("l2").fit(X.copy(), lambda1=.05, w_threshold=0., T=2, s=[1., .7], warm_iter=120, max_iter=120, lr=.03)
-    ours = dagma(covariance(X), iters=(120, 120), s=(1., .7), mu=(1., .1), lr=.03, allowed=np.ones((20, 20))).raw
+        theirs = linear.DagmaLinear("l2").fit(
+            X.copy(),
+            lambda1=0.05,
+            w_threshold=0.0,
+            T=2,
+            s=[1.0, 0.7],
+            warm_iter=120,
+            max_iter=120,
+            lr=0.03,
+        )
+    ours = dagma(
+        covariance(X),
+        iters=(120, 120),
+        s=(1.0, 0.7),
+        mu=(1.0, 0.1),
+        lr=0.03,
+        allowed=np.ones((20, 20)),
+    ).raw
     assert np.abs(theirs - ours).max() < 1e-4
 
 
 def test_dagma_exclude_edges_parity():
     linear = pytest.importorskip("dagma.linear")
     W, X = problem(d=8)
-    no = np.ones((8, 8)); no[0, 1] = no[3, 2] = 0
+    no = np.ones((8, 8))
+    no[0, 1] = no[3, 2] = 0
     with contextlib.redirect_stderr(io.StringIO()):
-        theirs = linear.DagmaLinear("l2").fit(X.copy(), lambda1=.05, w_threshold=0., T=2, s=[1., .9], warm_iter=100, max_iter=100, exclude_edges=((0, 1), (3, 2)))
-    ours = dagma(covariance(X), iters=(100, 100), s=(1., .9), mu=(1., .1), allowed=no).raw
+        theirs = linear.DagmaLinear("l2").fit(
+            X.copy(),
+            lambda1=0.05,
+            w_threshold=0.0,
+            T=2,
+            s=[1.0, 0.9],
+            warm_iter=100,
+            max_iter=100,
+            exclude_edges=((0, 1), (3, 2)),
+        )
+    ours = dagma(covariance(X), iters=(100, 100), s=(1.0, 0.9), mu=(1.0, 0.1), allowed=no).raw
     assert np.abs(theirs - ours).max() < 1e-6
 
 
@@ -53,10 +120,12 @@ def test_notears_parity():
     castle = pytest.importorskip("castle.algorithms")
     logging.disable(logging.CRITICAL)
     W, X = problem(d=8, k=1, seed=1)
-    m = castle.Notears(lambda1=.1); m.learn(X)
-    ours = notears(covariance(X), .1)
+    m = castle.Notears(lambda1=0.1)
+    m.learn(X)
+    ours = notears(covariance(X), 0.1)
     assert np.array_equal(np.asarray(m.causal_matrix), ours.B)
-    assert np.abs(np.asarray(m.weight_causal_matrix) - ours.raw).max() < .02  # both stop L-BFGS-B at its default tolerance
+    # both stop L-BFGS-B at its default tolerance
+    assert np.abs(np.asarray(m.weight_causal_matrix) - ours.raw).max() < 0.02
 
 
 @pytest.mark.parametrize("d,edges", [(5, 4), (8, 12), (12, 20), (15, 60)])
@@ -71,9 +140,13 @@ def test_shd_against_gadjid():
     gadjid = pytest.importorskip("gadjid")
     for seed in range(50):
         a, b = random_dag(10, 15, generator=seed), random_dag(10, 15, generator=seed + 1000)
-        assert scores(a, b)["shd"] == gadjid.shd(a.numpy().astype(np.int8), b.numpy().astype(np.int8))[1]
+        assert (
+            scores(a, b)["shd"]
+            == gadjid.shd(a.numpy().astype(np.int8), b.numpy().astype(np.int8))[1]
+        )
         ca, cb = (np.asarray(cpdag(x)) for x in (a, b))
-        code = lambda c: np.where(c * c.T, np.triu(2 * np.ones_like(c)), c).astype(np.int8)  # gadjid: 2 marks an undirected edge, once
+        # gadjid: 2 marks an undirected edge, once
+        code = lambda c: np.where(c * c.T, np.triu(2 * np.ones_like(c)), c).astype(np.int8)
         assert shd_cpdag(a, b) == gadjid.shd(code(ca), code(cb))[1]
 
 
@@ -83,21 +156,25 @@ def test_cpdag_five_nodes():
         B = random_dag(5, 6, generator=seed).numpy()
         for i, j in zip(*np.nonzero(B)):
             pa_i, pa_j = set(np.flatnonzero(B[:, i])), set(np.flatnonzero(B[:, j])) - {i}
-            R = B.copy(); R[i, j], R[j, i] = 0, 1
-            if not is_dag(R): continue
+            R = B.copy()
+            R[i, j], R[j, i] = 0, 1
+            if not is_dag(R):
+                continue
             assert (shd_cpdag(B, R) == 0) == (pa_i == pa_j)
 
 
 def test_acyclicity_values_agree_with_eigenvalues():
     g = torch.Generator().manual_seed(0)
     for _ in range(100):
-        W = torch.randn(7, 7, generator=g).double() * .45
-        A = W * W; rho = torch.linalg.eigvals(A).abs().max().item()
+        W = torch.randn(7, 7, generator=g).double() * 0.45
+        A = W * W
+        rho = torch.linalg.eigvals(A).abs().max().item()
         lam = torch.linalg.eigvals(A)
         assert abs(h_exp(W)[0] - (lam.exp().sum().real - 7)) < 1e-8
-        assert abs(h_poly(W)[0] - ((1 + lam / 7)**7).sum().real + 7) < 1e-8
+        assert abs(h_poly(W)[0] - ((1 + lam / 7) ** 7).sum().real + 7) < 1e-8
         assert (h_logdet(W)[0] == torch.inf) == (rho >= 1)
-        if rho < 1: assert abs(h_logdet(W)[0] + (1 - lam).log().sum().real) < 1e-6
+        if rho < 1:
+            assert abs(h_logdet(W)[0] + (1 - lam).log().sum().real) < 1e-6
 
 
 def test_log_determinant_is_the_same_for_all_orders():
@@ -110,15 +187,23 @@ def test_log_determinant_is_the_same_for_all_orders():
 def test_lasso_against_sklearn():
     lm = pytest.importorskip("sklearn.linear_model")
     W, X = problem(d=8, seed=2)
-    order = topological_order(W); L = lasso_given_order(covariance(X), order, .1, tol=1e-10); Xc = X - X.mean(0)
+    order = topological_order(W)
+    L = lasso_given_order(covariance(X), order, 0.1, tol=1e-10)
+    Xc = X - X.mean(0)
     for k in range(1, 8):
         j, pa = order[k], order[:k]
-        assert np.allclose(lm.Lasso(alpha=.1, fit_intercept=False, tol=1e-10, max_iter=100_000).fit(Xc[:, pa], Xc[:, j]).coef_, L[pa, j], atol=1e-5)
+        assert np.allclose(
+            lm.Lasso(alpha=0.1, fit_intercept=False, tol=1e-10, max_iter=100_000)
+            .fit(Xc[:, pa], Xc[:, j])
+            .coef_,
+            L[pa, j],
+            atol=1e-5,
+        )
 
 
 def test_torch_loop_equals_numpy_loop():
     C = np.stack([covariance(problem(d=6, k=1, seed=s)[1]) for s in range(3)])
-    kw = dict(iters=(50, 50), s=(1., .9), mu=(1., .1), lr=5e-2)
+    kw = dict(iters=(50, 50), s=(1.0, 0.9), mu=(1.0, 0.1), lr=5e-2)
     a, b = follow_path(C, **kw), follow_path(torch.as_tensor(C), **kw)
     assert np.abs(a[0] - b[0].numpy()).max() < 1e-8 and np.array_equal(a[3], b[3])
 
@@ -126,49 +211,69 @@ def test_torch_loop_equals_numpy_loop():
 def test_to_dag_always_gives_a_dag():
     rng = np.random.default_rng(0)
     W = rng.normal(size=(20, 9, 9))
-    D = to_dag(W, .1)
+    D = to_dag(W, 0.1)
     assert is_dag(D).all() and ((D == 0) | (D == W)).all()
-    assert (to_dag(D, .1) == D).all()
+    assert (to_dag(D, 0.1) == D).all()
 
 
 def test_varsortability_peer_formula():
     "The reference formula (Reisach et al.), written with boolean matrix powers."
     for seed in range(10):
-        W, X = problem(d=10, seed=seed); C = covariance(X); E = W != 0; v = np.diag(C)
-        n = up = 0; P = E.copy()
+        W, X = problem(d=10, seed=seed)
+        C = covariance(X)
+        E = W != 0
+        v = np.diag(C)
+        n = up = 0
+        P = E.copy()
         for _ in range(9):
-            n += P.sum(); up += (P & (v[None] > v[:, None])).sum(); P = P @ E
+            n += P.sum()
+            up += (P & (v[None] > v[:, None])).sum()
+            P = P @ E
         assert abs(varsortability(C, W) - up / n) < 1e-12
 
 
 def test_sachs_is_the_file_of_cdt():
     import importlib.util
     from pathlib import Path
+
     spec = importlib.util.find_spec("cdt")
-    if spec is None: pytest.skip("cdt is not installed")
-    theirs = np.loadtxt(Path(next(iter(spec.submodule_search_locations))) / "data/resources/cyto_full_data.csv", delimiter=",", skiprows=1)
+    if spec is None:
+        pytest.skip("cdt is not installed")
+    theirs = np.loadtxt(
+        Path(next(iter(spec.submodule_search_locations))) / "data/resources/cyto_full_data.csv",
+        delimiter=",",
+        skiprows=1,
+    )
     X, names, B = sachs()
-    assert np.array_equal(X, theirs) and is_dag(B) and B.sum() == 17 and np.allclose(sachs(log=True)[0], np.log(X))
+    assert (
+        np.array_equal(X, theirs)
+        and is_dag(B)
+        and B.sum() == 17
+        and np.allclose(sachs(log=True)[0], np.log(X))
+    )
 
 
 def test_result_and_plot():
     import matplotlib
+
     matplotlib.use("agg")
     W, X = problem(d=6, k=1)
     fit = sort_n_regress(covariance(X), names=list("abcdef"))
     assert set(fit.to_networkx()) == set("abcdef") and fit.plot(truth=W != 0) is not None
-    with pytest.raises(ValueError, match="names and truth"): plot_dag(W, ["a"])
+    with pytest.raises(ValueError, match="names and truth"):
+        plot_dag(W, ["a"])
     assert np.allclose(fit_given_order(sem_covariance(W), topological_order(W)), W)
 
 
 def test_fast_schedule_finds_a_sparse_graph():
     W, X = problem(d=10, k=1, seed=1)
-    assert scores((W != 0) * 1., dagma(covariance(X), **FAST).B)["shd"] <= 1
+    assert scores((W != 0) * 1.0, dagma(covariance(X), **FAST).B)["shd"] <= 1
 
 
 def test_objective_outside_the_domain_is_infinite():
-    "The last step of a stage is not followed by a domain test inside the loop; the finite log-determinant there must not be reported."
+    """The last step of a stage is not followed by a domain test inside the loop; the finite
+    log-determinant there must not be reported."""
     _, X = problem(d=6, k=1)
-    fit = dagma(covariance(X), iters=(1,), s=(1.,), mu=(1.,), lr=5.)
+    fit = dagma(covariance(X), iters=(1,), s=(1.0,), mu=(1.0,), lr=5.0)
     assert h_logdet(fit.raw)[0] == np.inf and fit.objective == np.inf and not fit.converged
     assert is_dag(fit.W)

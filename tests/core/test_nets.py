@@ -1,15 +1,17 @@
 """Networks: shapes, conditioning, equivariance, learning, errors."""
+
 import pytest
 import torch
 from diffkit.core.nets import MLP, DiT, SelfAttention, UNet
 from torch import nn
 
 
-def shaken(net, seed=0, size=.1):
+def shaken(net, seed=0, size=0.1):
     "Replace the zeros of the initialisation, so that a property of the network can be seen."
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in net.parameters(): p += size * torch.randn(p.shape, generator=g)
+        for p in net.parameters():
+            p += size * torch.randn(p.shape, generator=g)
     return net.eval()
 
 
@@ -17,7 +19,18 @@ NETS = {
     "mlp": (lambda classes=None: MLP(2, hidden=32, classes=classes), (2,)),
     "mlp-image": (lambda classes=None: MLP(64, hidden=32, classes=classes), (1, 8, 8)),
     "unet": (lambda classes=None: UNet(width=8, classes=classes), (1, 8, 8)),
-    "unet-deep": (lambda classes=None: UNet(3, width=8, levels=(1, 2, 2), attention=(True, False, True), blocks=2, heads=2, classes=classes), (3, 8, 12)),
+    "unet-deep": (
+        lambda classes=None: UNet(
+            3,
+            width=8,
+            levels=(1, 2, 2),
+            attention=(True, False, True),
+            blocks=2,
+            heads=2,
+            classes=classes,
+        ),
+        (3, 8, 12),
+    ),
     "dit": (lambda classes=None: DiT(width=32, depth=2, classes=classes), (1, 8, 8)),
 }
 each = pytest.mark.parametrize("make,shape", NETS.values(), ids=NETS.keys())
@@ -36,59 +49,88 @@ def test_time_and_label_matter_and_none_is_the_null_class(make, shape):
     with torch.no_grad():
         out = net(x, t, y)
         gap = lambda other: (other - out).flatten(1).norm(dim=1).min() / out.norm()
-        assert gap(net(x, t + .1, y)) > 1e-4 and gap(net(x, t, y + 1)) > 1e-4 and gap(net(x, t)) > 1e-4
+        assert (
+            gap(net(x, t + 0.1, y)) > 1e-4
+            and gap(net(x, t, y + 1)) > 1e-4
+            and gap(net(x, t)) > 1e-4
+        )
         assert torch.equal(net(x, t), net(x, t, torch.full((5,), 10)))
-        assert torch.equal(net(x, .3, 2), net(x, torch.full((5,), .3), torch.full((5,), 2)))
+        assert torch.equal(net(x, 0.3, 2), net(x, torch.full((5,), 0.3), torch.full((5,), 2)))
 
 
 @each
 def test_samples_do_not_see_each_other(make, shape):
     net, x, t, y = shaken(make(classes=10)), torch.randn(5, *shape), torch.rand(5), torch.arange(5)
     order = torch.tensor([3, 0, 4, 1, 2])
-    with torch.no_grad(): torch.testing.assert_close(net(x[order], t[order], y[order]), net(x, t, y)[order], atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            net(x[order], t[order], y[order]), net(x, t, y)[order], atol=1e-5, rtol=1e-4
+        )
 
 
 @each
 def test_every_parameter_gets_a_gradient_in_float64(make, shape):
     net = shaken(make()).double()
     net(torch.randn(5, *shape).double(), torch.rand(5).double()).square().sum().backward()
-    assert [k for k, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        k for k, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 @each
 def test_overfits_one_batch(make, shape):
     g = torch.Generator().manual_seed(1)
     torch.manual_seed(0)
-    net, t, y = make(classes=4), torch.linspace(.1, .9, 4), torch.arange(4)
-    x = torch.randn(1, *shape, generator=g).expand(4, *shape)  # one image at four times with four labels: only these tell the answers apart
+    net, t, y = make(classes=4), torch.linspace(0.1, 0.9, 4), torch.arange(4)
+    # one image at four times with four labels: only these tell the answers apart
+    x = torch.randn(1, *shape, generator=g).expand(4, *shape)
     target, opt = torch.randn(4, *shape, generator=g), torch.optim.Adam(net.parameters(), 6e-3)
     for _ in range(80):
         loss = (net(x, t, y) - target).square().mean()
-        opt.zero_grad(); loss.backward(); opt.step()
-    assert loss < .1
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert loss < 0.1
 
 
 @each
 def test_errors_name_the_argument(make, shape):
     net, x, t = make(classes=10), torch.zeros(4, *shape), torch.rand(4)
     for label in (torch.tensor([0, 1, 2, 11]), torch.tensor([0, -1, 2, 3])):
-        with pytest.raises(ValueError, match="10 for the null class"): net(x, t, label)
-    with pytest.raises(ValueError, match=r"label has shape \(3,\)"): net(x, t, torch.zeros(3, dtype=torch.long))
-    with pytest.raises(TypeError, match="float32"): net(x, t, torch.zeros(4))
-    with pytest.raises(ValueError, match=r"t has shape \(3,\)"): net(x, torch.rand(3))
-    with pytest.raises(ValueError, match="without classes"): make()(x, t, torch.zeros(4, dtype=torch.long))
-    with pytest.raises(ValueError, match="x has shape"): net(torch.zeros(4, 7), t)
+        with pytest.raises(ValueError, match="10 for the null class"):
+            net(x, t, label)
+    with pytest.raises(ValueError, match=r"label has shape \(3,\)"):
+        net(x, t, torch.zeros(3, dtype=torch.long))
+    with pytest.raises(TypeError, match="float32"):
+        net(x, t, torch.zeros(4))
+    with pytest.raises(ValueError, match=r"t has shape \(3,\)"):
+        net(x, torch.rand(3))
+    with pytest.raises(ValueError, match="without classes"):
+        make()(x, t, torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="x has shape"):
+        net(torch.zeros(4, 7), t)
 
 
-@pytest.mark.parametrize("size,levels", [(8, (1,)), (8, (1, 2)), (8, (1, 1, 2, 2)), (32, (1, 1, 2)), (64, (1, 1, 2, 2))])
+@pytest.mark.parametrize(
+    "size,levels", [(8, (1,)), (8, (1, 2)), (8, (1, 1, 2, 2)), (32, (1, 1, 2)), (64, (1, 1, 2, 2))]
+)
 def test_unet_takes_every_size_it_promises(size, levels):
-    with torch.no_grad(): assert UNet(width=8, levels=levels, heads=2)(torch.zeros(1, 1, size, size), .5).shape == (1, 1, size, size)
+    with torch.no_grad():
+        assert UNet(width=8, levels=levels, heads=2)(torch.zeros(1, 1, size, size), 0.5).shape == (
+            1,
+            1,
+            size,
+            size,
+        )
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="9x8.*divisible by 2"): UNet(width=8)(torch.zeros(1, 1, 9, 8), .5)
-    with pytest.raises(ValueError, match="8x12.*divisible by 8"): UNet(width=8, levels=(1, 1, 1, 1))(torch.zeros(1, 1, 8, 12), .5)
-    with pytest.raises(ValueError, match="10x8.*divisible by 4"): DiT(patch=4)(torch.zeros(1, 1, 10, 8), .5)
+    with pytest.raises(ValueError, match="9x8.*divisible by 2"):
+        UNet(width=8)(torch.zeros(1, 1, 9, 8), 0.5)
+    with pytest.raises(ValueError, match="8x12.*divisible by 8"):
+        UNet(width=8, levels=(1, 1, 1, 1))(torch.zeros(1, 1, 8, 12), 0.5)
+    with pytest.raises(ValueError, match="10x8.*divisible by 4"):
+        DiT(patch=4)(torch.zeros(1, 1, 10, 8), 0.5)
 
 
 def test_attention_is_equivariant_and_can_be_taken_apart():
@@ -97,22 +139,51 @@ def test_attention_is_equivariant_and_can_be_taken_apart():
     torch.testing.assert_close(att(x[:, order]), att(x)[:, order], atol=1e-6, rtol=1e-5)
     ref = nn.MultiheadAttention(16, 4, batch_first=True)  # the same weights in torch's own module
     with torch.no_grad():
-        ref.in_proj_weight.copy_(torch.cat([f.weight for f in (att.to_q, att.to_k, att.to_v)])); ref.in_proj_bias.copy_(torch.cat([f.bias for f in (att.to_q, att.to_k, att.to_v)]))
-        ref.out_proj.weight.copy_(att.to_out.weight); ref.out_proj.bias.copy_(att.to_out.bias)
+        ref.in_proj_weight.copy_(torch.cat([f.weight for f in (att.to_q, att.to_k, att.to_v)]))
+        ref.in_proj_bias.copy_(torch.cat([f.bias for f in (att.to_q, att.to_k, att.to_v)]))
+        ref.out_proj.weight.copy_(att.to_out.weight)
+        ref.out_proj.bias.copy_(att.to_out.bias)
     torch.testing.assert_close(att(x), ref(x, x, x)[0], atol=1e-6, rtol=1e-5)
-    names = [k for k, m in UNet(classes=10, attention=(True, True)).named_modules() if isinstance(m, SelfAttention)]
-    assert sorted(names) == ["down.0.att.attn", "down.2.att.attn", "mid.att.attn", "up.0.att.attn", "up.2.att.attn"]
+    names = [
+        k
+        for k, m in UNet(classes=10, attention=(True, True)).named_modules()
+        if isinstance(m, SelfAttention)
+    ]
+    assert sorted(names) == [
+        "down.0.att.attn",
+        "down.2.att.attn",
+        "mid.att.attn",
+        "up.0.att.attn",
+        "up.2.att.attn",
+    ]
 
 
 @pytest.mark.parametrize("positions", [False, True])
 def test_dit_without_positions_sees_a_set_of_patches(positions):
     import torch.nn.functional as F
-    net, x, order = shaken(DiT(width=32, depth=2, positions=positions)), torch.randn(2, 1, 8, 8), torch.randperm(16, generator=torch.Generator().manual_seed(0))
+
+    net, x, order = (
+        shaken(DiT(width=32, depth=2, positions=positions)),
+        torch.randn(2, 1, 8, 8),
+        torch.randperm(16, generator=torch.Generator().manual_seed(0)),
+    )
     mix = lambda a: F.fold(F.unfold(a, 2, stride=2)[:, :, order], (8, 8), 2, stride=2)
-    gap = (net(mix(x), .5) - mix(net(x, .5))).abs().max()
-    assert gap > .01 if positions else gap < 1e-4
+    gap = (net(mix(x), 0.5) - mix(net(x, 0.5))).abs().max()
+    assert gap > 0.01 if positions else gap < 1e-4
 
 
-@pytest.mark.parametrize("make", [lambda: UNet(heads=5), lambda: UNet(attention=(True,)), lambda: UNet(levels=()), lambda: DiT(width=30), lambda: DiT(width=32, heads=3), lambda: MLP(0), lambda: MLP(2, classes=0)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: UNet(heads=5),
+        lambda: UNet(attention=(True,)),
+        lambda: UNet(levels=()),
+        lambda: DiT(width=30),
+        lambda: DiT(width=32, heads=3),
+        lambda: MLP(0),
+        lambda: MLP(2, classes=0),
+    ],
+)
 def test_bad_configurations_are_refused(make):
-    with pytest.raises(ValueError): make()
+    with pytest.raises(ValueError):
+        make()

@@ -1,4 +1,6 @@
-"""The training loop: bit-for-bit resumption after a kill, atomic files, refusals, several processes."""
+"""The training loop: bit-for-bit resumption after a kill, atomic files, refusals, several
+processes."""
+
 import json
 import os
 import signal
@@ -14,12 +16,13 @@ from diffkit.core.training import fit, load_tensors, pack, save_tensors, unpack
 from torch import nn
 
 X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-Y = X @ torch.tensor([[1.], [-2.], [3.]]) + .5
+Y = X @ torch.tensor([[1.0], [-2.0], [3.0]]) + 0.5
 QUIET = dict(progress=False, seed=5)
 
 
 @pytest.fixture(autouse=True)
-def interruptible():  # a process started in the background ignores Ctrl-C; these tests are about one that does not
+def interruptible():
+    # a process started in the background ignores Ctrl-C; these tests are about one that does not
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -30,9 +33,21 @@ def linear():
     return nn.Linear(3, 1)
 
 
-def mse(m, batch): return (m(batch[0]) - batch[1]).square().mean()
-def noisy(m, batch): return (m(batch[0] + torch.randn_like(batch[0])) - batch[1]).square().mean() * (1 + .1 * np.random.rand())  # noqa: NPY002 (the global generator is what is tested)
-def same(a, b): return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+def mse(m, batch):
+    return (m(batch[0]) - batch[1]).square().mean()
+
+
+def noisy(m, batch):
+    return (m(batch[0] + torch.randn_like(batch[0])) - batch[1]).square().mean() * (
+        1 + 0.1 * np.random.rand()
+    )
+
+
+def same(a, b):
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def state(file):
@@ -53,27 +68,35 @@ from torch import nn
 from diffkit.core.training import fit
 file, kill, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 torch.manual_seed(1)
-net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(.2), nn.Linear(16, 4))
+net = nn.Sequential(
+    nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(.2), nn.Linear(16, 4))
 x = torch.randn(37, 4)
 def stream():
     g = torch.Generator().manual_seed(8)
     while True: yield x[torch.randint(0, 37, (8,), generator=g)] + torch.randn(8, 4)
 own = torch.Generator().manual_seed(9)
-data = {"tensor": lambda: x, "tuple": lambda: (x,), "stream": stream, "loader": lambda: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True),
-        "own": lambda: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True, generator=own, drop_last=True)}[kind]()
+loader = lambda **more: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True, **more)
+data = {"tensor": lambda: x, "tuple": lambda: (x,), "stream": stream, "loader": loader,
+        "own": lambda: loader(generator=own, drop_last=True)}[kind]()
 def loss(m, b):
     b = b[0] if isinstance(b, tuple) else b
     return (m(b + torch.randn(4)) - random.random() * np.random.rand()).square().mean()
 def bomb(run):
     print(run.step, flush=True)
     if run.step == kill: os.kill(os.getpid(), signal.SIGKILL)
-fit(net, loss, data, 24, 1e-2, seed=3, batch_size=8, checkpoint=file, every=4, callback=bomb, schedule='cosine', progress=False, optimizer=lambda p: torch.optim.AdamW(p, 1e-2))
+fit(net, loss, data, 24, 1e-2, seed=3, batch_size=8, checkpoint=file, every=4, callback=bomb,
+    schedule='cosine', progress=False, optimizer=lambda p: torch.optim.AdamW(p, 1e-2))
 """
 
 
 def launch(tmp_path, file, kill, kind, **kw):
     (tmp_path / "train.py").write_text(SCRIPT)
-    return subprocess.run([sys.executable, str(tmp_path / "train.py"), str(tmp_path / file), str(kill), kind], capture_output=True, text=True, **kw)
+    return subprocess.run(
+        [sys.executable, str(tmp_path / "train.py"), str(tmp_path / file), str(kill), kind],
+        capture_output=True,
+        text=True,
+        **kw,
+    )
 
 
 @pytest.mark.parametrize("kind", ["loader", "tuple"])
@@ -81,78 +104,154 @@ def test_killed_and_resumed_ends_bit_for_bit(tmp_path, kind):
     assert launch(tmp_path, "one", 0, kind).returncode == 0
     assert launch(tmp_path, "two", 14, kind).returncode == -signal.SIGKILL
     again = launch(tmp_path, "two", 0, kind)
-    assert again.returncode == 0 and again.stdout.split()[0] == "13"  # it went on after step 12, it did not begin again
+    # it went on after step 12, it did not begin again
+    assert again.returncode == 0 and again.stdout.split()[0] == "13"
     assert_same_checkpoint(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("kind", ["tensor", "tuple", "stream", "loader", "own"])
 def test_interrupted_and_resumed_ends_bit_for_bit(tmp_path, kind):
-    "The same in one process, for every kind of data, at a step that ends an epoch and at one that does not."
-    class Stop(Exception): pass
+    """The same in one process, for every kind of data, at a step that ends an epoch and at one
+    that does not."""
+
+    class Stop(Exception):
+        pass
 
     def run(file, stop=0):
         torch.manual_seed(1)
-        net = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(.2), nn.Linear(16, 4))
+        net = nn.Sequential(
+            nn.Linear(4, 16), nn.BatchNorm1d(16), nn.SiLU(), nn.Dropout(0.2), nn.Linear(16, 4)
+        )
         x, own = torch.randn(37, 4), torch.Generator().manual_seed(9)
+
         def stream():
             g = torch.Generator().manual_seed(8)
-            while True: yield x[torch.randint(0, 37, (8,), generator=g)] + torch.randn(8, 4)
-        data = {"tensor": lambda: x, "tuple": lambda: (x, x), "stream": stream, "loader": lambda: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True),
-                "own": lambda: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True, generator=own)}[kind]()
-        def loss(m, b): return (m((b if isinstance(b, torch.Tensor) else b[0]) + torch.randn(4)) - np.random.rand()).square().mean()  # noqa: NPY002
+            while True:
+                yield x[torch.randint(0, 37, (8,), generator=g)] + torch.randn(8, 4)
+
+        data = {
+            "tensor": lambda: x,
+            "tuple": lambda: (x, x),
+            "stream": stream,
+            "loader": lambda: torch.utils.data.DataLoader(x, batch_size=8, shuffle=True),
+            "own": lambda: torch.utils.data.DataLoader(
+                x, batch_size=8, shuffle=True, generator=own
+            ),
+        }[kind]()
+
+        def loss(m, b):
+            return (
+                (
+                    m((b if isinstance(b, torch.Tensor) else b[0]) + torch.randn(4))
+                    - np.random.rand()
+                )
+                .square()
+                .mean()
+            )
+
         def callback(r):
-            if r.step == stop: raise Stop
+            if r.step == stop:
+                raise Stop
+
         torch.rand(stop)  # the state of the generators before the call must not matter
-        return fit(net, loss, data, 20, 1e-2, checkpoint=file, every=1, callback=callback, batch_size=8, **QUIET)
+        return fit(
+            net,
+            loss,
+            data,
+            20,
+            1e-2,
+            checkpoint=file,
+            every=1,
+            callback=callback,
+            batch_size=8,
+            **QUIET,
+        )
 
     whole = run(tmp_path / "whole")
     for stop in (6, 11):
         file = tmp_path / f"cut{stop}"
-        with pytest.raises(Stop): run(file, stop)
+        with pytest.raises(Stop):
+            run(file, stop)
         again = run(file)
-        assert again.resumed == stop - 1 and same(again.model, whole.model) and same(again.ema, whole.ema) and torch.equal(again.losses, whole.losses)
+        assert (
+            again.resumed == stop - 1
+            and same(again.model, whole.model)
+            and same(again.ema, whole.ema)
+            and torch.equal(again.losses, whole.losses)
+        )
         assert_same_checkpoint(tmp_path / "whole", file)
 
 
 @pytest.mark.slow
 def test_killed_at_any_moment_the_checkpoint_is_whole(tmp_path):
-    "Kill a run that writes at every step, after a random delay, again and again: what is there can always be read, and the end is the same."
-    (tmp_path / "train.py").write_text(SCRIPT.replace("every=4", "every=1").replace("24, 1e-2", "150, 1e-2"))
+    """Kill a run that writes at every step, after a random delay, again and again: what is
+    there can always be read, and the end is the same."""
+    (tmp_path / "train.py").write_text(
+        SCRIPT.replace("every=4", "every=1").replace("24, 1e-2", "150, 1e-2")
+    )
     args = lambda f: [sys.executable, str(tmp_path / "train.py"), str(tmp_path / f), "0", "tensor"]
     rng, file = np.random.default_rng(0), tmp_path / "two"
     for _ in range(4):
         p = subprocess.Popen(args("two"), stdout=subprocess.PIPE, text=True)
         p.stdout.readline()
-        time.sleep(rng.uniform(0, .4))
-        p.kill(); p.wait()
-        if file.exists(): load_tensors(file)
-    assert subprocess.run(args("two"), capture_output=True).returncode == 0 and subprocess.run(args("one"), capture_output=True).returncode == 0
+        time.sleep(rng.uniform(0, 0.4))
+        p.kill()
+        p.wait()
+        if file.exists():
+            load_tensors(file)
+    assert (
+        subprocess.run(args("two"), capture_output=True).returncode == 0
+        and subprocess.run(args("one"), capture_output=True).returncode == 0
+    )
     assert_same_checkpoint(tmp_path / "one", file)
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["one", "train.py", "two"]  # no litter of killed writes
+    # no litter of killed writes
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["one", "train.py", "two"]
 
 
 def test_nan_names_the_step_and_leaves_the_last_good_checkpoint(tmp_path):
     file, calls = tmp_path / "ck", []
+
     def poisoned(m, batch):
         calls.append(1)
         return mse(m, batch) * (float("inf") if len(calls) == 13 else 1)
-    with pytest.raises(FloatingPointError, match="loss = inf at step 13.*ck"): fit(linear(), poisoned, (X, Y), 30, checkpoint=file, every=5, **QUIET)
+
+    with pytest.raises(FloatingPointError, match="loss = inf at step 13.*ck"):
+        fit(linear(), poisoned, (X, Y), 30, checkpoint=file, every=5, **QUIET)
     assert state(file)[1]["step"] == 10
-    assert same(fit(linear(), mse, (X, Y), 30, checkpoint=file, **QUIET).model, fit(linear(), mse, (X, Y), 30, **QUIET).model)
-    with pytest.raises(FloatingPointError, match="a = 1.0, b = nan at step 1; no checkpoint"): fit(linear(), None, (X, Y), 3, step=lambda m, b: {"a": 1., "b": torch.tensor(float("nan"))}, **QUIET)
+    assert same(
+        fit(linear(), mse, (X, Y), 30, checkpoint=file, **QUIET).model,
+        fit(linear(), mse, (X, Y), 30, **QUIET).model,
+    )
+    with pytest.raises(FloatingPointError, match="a = 1.0, b = nan at step 1; no checkpoint"):
+        fit(
+            linear(),
+            None,
+            (X, Y),
+            3,
+            step=lambda m, b: {"a": 1.0, "b": torch.tensor(float("nan"))},
+            **QUIET,
+        )
 
 
 @pytest.mark.parametrize("where", ["callback", "loss", "signal"])
 def test_ctrl_c_saves_and_is_passed_on(tmp_path, where):
     file, calls = tmp_path / "ck", []
+
     def loss(m, batch):
         calls.append(1)
-        if len(calls) == 8 and where == "loss": torch.rand(3); raise KeyboardInterrupt
-        if len(calls) == 7 and where == "signal": os.kill(os.getpid(), signal.SIGINT)
+        if len(calls) == 8 and where == "loss":
+            torch.rand(3)
+            raise KeyboardInterrupt
+        if len(calls) == 7 and where == "signal":
+            os.kill(os.getpid(), signal.SIGINT)
         return noisy(m, batch)
+
     def callback(run):
-        if run.step == 7 and where == "callback": raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): fit(linear(), loss, (X, Y), 20, checkpoint=file, callback=callback, **QUIET)
+        if run.step == 7 and where == "callback":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(linear(), loss, (X, Y), 20, checkpoint=file, callback=callback, **QUIET)
     assert state(file)[1]["step"] == 7
     again = fit(linear(), noisy, (X, Y), 20, checkpoint=file, **QUIET)
     assert again.resumed == 7 and same(again.model, fit(linear(), noisy, (X, Y), 20, **QUIET).model)
@@ -163,9 +262,13 @@ def test_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "ck"
     fit(linear(), mse, (X, Y), 10, checkpoint=file, **QUIET)
     old = file.read_bytes()
-    def full(fd): raise OSError(28, "No space left on device")
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(training.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"): fit(linear(), mse, (X, Y), 20, checkpoint=file, **QUIET)
+    with pytest.raises(OSError, match="No space left"):
+        fit(linear(), mse, (X, Y), 20, checkpoint=file, **QUIET)
     assert file.read_bytes() == old and [f.name for f in tmp_path.iterdir()] == ["ck"]
 
 
@@ -173,31 +276,60 @@ def test_damaged_or_foreign_checkpoints_are_named_and_refused(tmp_path):
     file = tmp_path / "ck"
     fit(linear(), mse, (X, Y), 10, checkpoint=file, **QUIET)
     good = file.read_bytes()
-    go = lambda **kw: fit(**{**dict(model=linear(), loss=mse, data=(X, Y), steps=20, checkpoint=file), **QUIET, **kw})
+    go = lambda **kw: fit(
+        **{**dict(model=linear(), loss=mse, data=(X, Y), steps=20, checkpoint=file), **QUIET, **kw}
+    )
     for at in range(0, len(good), max(1, len(good) // 40)):
-        bad = bytearray(good); bad[at] ^= 4
+        bad = bytearray(good)
+        bad[at] ^= 4
         file.write_bytes(bad)
-        with pytest.raises(ValueError, match="ck"): go()
+        with pytest.raises(ValueError, match="ck"):
+            go()
         assert file.read_bytes() == bytes(bad)
     for keep in (0, 7, 100, len(good) - 1):
         file.write_bytes(good[:keep])
-        with pytest.raises(ValueError, match="ck is not a whole safetensors file"): go()
+        with pytest.raises(ValueError, match="ck is not a whole safetensors file"):
+            go()
     file.write_bytes(good)
-    with pytest.raises(ValueError, match="seed=5, this run has seed=6"): go(seed=6)
-    with pytest.raises(ValueError, match="batch_size=128, this run has batch_size=7"): go(batch_size=7)
-    with pytest.raises(ValueError, match="does not fit this run"): go(model=nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="optimizers"): go(step=lambda m, b: 0., loss=None)
+    with pytest.raises(ValueError, match="seed=5, this run has seed=6"):
+        go(seed=6)
+    with pytest.raises(ValueError, match="batch_size=128, this run has batch_size=7"):
+        go(batch_size=7)
+    with pytest.raises(ValueError, match="does not fit this run"):
+        go(model=nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="optimizers"):
+        go(step=lambda m, b: 0.0, loss=None)
     save_tensors(file, {"w": torch.zeros(1)}, {"other": 1})
-    with pytest.raises(ValueError, match="is not a checkpoint of fit"): go()
-    with pytest.raises(FileNotFoundError, match="there is no folder"): go(checkpoint=tmp_path / "no" / "ck")
+    with pytest.raises(ValueError, match="is not a checkpoint of fit"):
+        go()
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        go(checkpoint=tmp_path / "no" / "ck")
 
 
-@pytest.mark.parametrize("bad,says", [
-    (dict(steps=None), "give the budget in one"), (dict(samples=10), "give the budget in one"), (dict(steps=-1), "steps=-1"), (dict(steps=2.5), "steps=2.5"), (dict(lr=-1.), "lr=-1.0"), (dict(lr=float("nan")), "lr=nan"),
-    (dict(ema=1.), "ema=1.0"), (dict(schedule="cos"), "'cos'"), (dict(batch_size=0), "batch_size=0"), (dict(every=0), "every=0"), (dict(loss=None), "one of them"), (dict(step=mse), "one of them"),
-    (dict(data=None), "data is missing"), (dict(data=(X, Y[:9])), r"\[50, 9\]"), (dict(data=X[:0]), r"\[0\]"), (dict(loss=lambda m, b: b[0].sum()), "does not depend")])
+@pytest.mark.parametrize(
+    "bad,says",
+    [
+        (dict(steps=None), "give the budget in one"),
+        (dict(samples=10), "give the budget in one"),
+        (dict(steps=-1), "steps=-1"),
+        (dict(steps=2.5), "steps=2.5"),
+        (dict(lr=-1.0), "lr=-1.0"),
+        (dict(lr=float("nan")), "lr=nan"),
+        (dict(ema=1.0), "ema=1.0"),
+        (dict(schedule="cos"), "'cos'"),
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(every=0), "every=0"),
+        (dict(loss=None), "one of them"),
+        (dict(step=mse), "one of them"),
+        (dict(data=None), "data is missing"),
+        (dict(data=(X, Y[:9])), r"\[50, 9\]"),
+        (dict(data=X[:0]), r"\[0\]"),
+        (dict(loss=lambda m, b: b[0].sum()), "does not depend"),
+    ],
+)
 def test_bad_arguments(bad, says):
-    with pytest.raises(ValueError, match=says): fit(**{**dict(model=linear(), loss=mse, data=(X, Y), steps=5), **QUIET, **bad})
+    with pytest.raises(ValueError, match=says):
+        fit(**{**dict(model=linear(), loss=mse, data=(X, Y), steps=5), **QUIET, **bad})
 
 
 def test_the_callers_generators_and_mode_are_left_alone():
@@ -212,17 +344,41 @@ def test_the_callers_generators_and_mode_are_left_alone():
 def test_a_loader_whose_batch_size_changes_counts_its_samples(tmp_path):
     class Growing:
         "Batches of 1, 2, 3, ... indices; its place can be saved."
+
         k = 0
+
         def __iter__(self):
-            while True: self.k += 1; yield [(self.k * 7 + i) % 50 for i in range(self.k)]
-        def state_dict(self): return {"k": self.k}
-        def load_state_dict(self, s): self.k = s["k"]
-    def go(**kw): return fit(linear(), mse, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_sampler=Growing()), samples=50, **QUIET, **kw)
+            while True:
+                self.k += 1
+                yield [(self.k * 7 + i) % 50 for i in range(self.k)]
+
+        def state_dict(self):
+            return {"k": self.k}
+
+        def load_state_dict(self, s):
+            self.k = s["k"]
+
+    def go(**kw):
+        return fit(
+            linear(),
+            mse,
+            torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(X, Y), batch_sampler=Growing()
+            ),
+            samples=50,
+            **QUIET,
+            **kw,
+        )
+
     run = go()
     assert run.step == 10 and run.samples == 55
+
     def stop(r):
-        if r.step == 4: raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): go(checkpoint=tmp_path / "ck", callback=stop)
+        if r.step == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(checkpoint=tmp_path / "ck", callback=stop)
     assert torch.equal(go(checkpoint=tmp_path / "ck").losses, run.losses)
     assert fit(linear(), mse, (X, Y), samples=50, batch_size=lambda k: k + 1, **QUIET).step == 10
 
@@ -231,37 +387,70 @@ def test_two_optimizers_survive_a_stop(tmp_path):
     def go(stop=0, **kw):
         torch.manual_seed(0)
         m = nn.ModuleDict({"g": nn.Linear(3, 3), "d": nn.Linear(3, 1)})
-        opts = [torch.optim.Adam(m["g"].parameters(), 1e-2), torch.optim.RMSprop(m["d"].parameters(), 1e-2)]
+        opts = [
+            torch.optim.Adam(m["g"].parameters(), 1e-2),
+            torch.optim.RMSprop(m["d"].parameters(), 1e-2),
+        ]
+
         def step(m, x):
             fake = m["g"](torch.randn_like(x))
             d = (m["d"](fake.detach()) - m["d"](x)).mean() + m["d"].weight.square().sum()
-            opts[1].zero_grad(); d.backward(); opts[1].step()
+            opts[1].zero_grad()
+            d.backward()
+            opts[1].step()
             g = -m["d"](fake).mean()
-            opts[0].zero_grad(); g.backward(); opts[0].step()
+            opts[0].zero_grad()
+            g.backward()
+            opts[0].step()
             return {"d": d, "g": g}
+
         def callback(r):
-            if r.step == stop: raise KeyboardInterrupt
+            if r.step == stop:
+                raise KeyboardInterrupt
+
         return fit(m, None, X, 12, step=step, optimizer=opts, callback=callback, **QUIET, **kw)
+
     whole = go()
-    with pytest.raises(KeyboardInterrupt): go(5, checkpoint=tmp_path / "ck")
+    with pytest.raises(KeyboardInterrupt):
+        go(5, checkpoint=tmp_path / "ck")
     again = go(checkpoint=tmp_path / "ck")
-    assert again.resumed == 5 and same(again.model, whole.model) and all(torch.equal(again.losses[k], whole.losses[k]) for k in "dg")
+    assert (
+        again.resumed == 5
+        and same(again.model, whole.model)
+        and all(torch.equal(again.losses[k], whole.losses[k]) for k in "dg")
+    )
 
 
 def test_pack_is_exact_and_holds_no_code(tmp_path):
-    nest = {"a": {1: (1, [2.5, None, True], "x"), "t": torch.arange(3)}, "f": [.1 + .2, float("inf"), 1e-320], "n": np.arange(3, dtype=np.uint32), "a.t": torch.ones(2)}
+    nest = {
+        "a": {1: (1, [2.5, None, True], "x"), "t": torch.arange(3)},
+        "f": [0.1 + 0.2, float("inf"), 1e-320],
+        "n": np.arange(3, dtype=np.uint32),
+        "a.t": torch.ones(2),
+    }
     tensors = {}
     back = unpack(json.loads(json.dumps(pack(nest, "", tensors))), tensors)
-    assert back["a"][1] == nest["a"][1] and back["f"] == nest["f"] and torch.equal(back["a"]["t"], nest["a"]["t"]) and torch.equal(back["a.t"], nest["a.t"])
+    assert (
+        back["a"][1] == nest["a"][1]
+        and back["f"] == nest["f"]
+        and torch.equal(back["a"]["t"], nest["a"]["t"])
+        and torch.equal(back["a.t"], nest["a.t"])
+    )
     assert back["n"].dtype == np.uint32 and (back["n"] == nest["n"]).all()
-    with pytest.raises(TypeError, match="x.f"): pack({"f": print}, "x", {})
+    with pytest.raises(TypeError, match="x.f"):
+        pack({"f": print}, "x", {})
     fit(linear(), mse, X_Y := (X, Y), 2, checkpoint=tmp_path / "ck", **QUIET)
-    assert X_Y and b"pickle" not in (tmp_path / "ck").read_bytes() and not (tmp_path / "ck").read_bytes().startswith((b"\x80", b"PK"))
+    assert (
+        X_Y
+        and b"pickle" not in (tmp_path / "ck").read_bytes()
+        and not (tmp_path / "ck").read_bytes().startswith((b"\x80", b"PK"))
+    )
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
-    "`torchrun` with two processes on the processor: each takes half of every batch, and the weights agree with those of one process."
+    """`torchrun` with two processes on the processor: each takes half of every batch, and the
+    weights agree with those of one process."""
     (tmp_path / "train.py").write_text("""
 import sys, torch
 from torch import nn
@@ -269,17 +458,41 @@ from diffkit.core.training import fit, save_tensors
 torch.manual_seed(4)
 m, x = nn.Linear(3, 1), torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 y = x.sum(1, keepdim=True)
-run = fit(m, lambda m, b: (m(b[0]) - b[1]).square().mean(), (x, y), int(sys.argv[2]), batch_size=16, progress=False, checkpoint=sys.argv[1], every=10)
+run = fit(m, lambda m, b: (m(b[0]) - b[1]).square().mean(), (x, y), int(sys.argv[2]), batch_size=16,
+          progress=False, checkpoint=sys.argv[1], every=10)
 """)
+
     def go(file, steps, n):
-        cmd = [sys.executable, str(tmp_path / "train.py")] if n == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(tmp_path / "train.py")]
-        p = subprocess.run([*cmd, str(tmp_path / file), str(steps)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}, timeout=200)
+        cmd = (
+            [sys.executable, str(tmp_path / "train.py")]
+            if n == 1
+            else [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc_per_node",
+                str(n),
+                str(tmp_path / "train.py"),
+            ]
+        )
+        p = subprocess.run(
+            [*cmd, str(tmp_path / file), str(steps)],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+            timeout=200,
+        )
         assert p.returncode == 0, p.stderr[-3000:]
         return load_tensors(tmp_path / file)
+
     one, two = go("one", 20, 1), go("two", 20, 2)
-    assert one[1]["samples"] == two[1]["samples"] == 320 and two[1]["setting"] == {"dict": [["seed", 0], ["ema", .999], ["batch_size", 16], ["processes", 2]]}
+    assert one[1]["samples"] == two[1]["samples"] == 320 and two[1]["setting"] == {
+        "dict": [["seed", 0], ["ema", 0.999], ["batch_size", 16], ["processes", 2]]
+    }
     for k in one[0]:
-        if k.startswith(("model", "ema")) or k == "values": torch.testing.assert_close(one[0][k], two[0][k], atol=1e-5, rtol=1e-4)
+        if k.startswith(("model", "ema")) or k == "values":
+            torch.testing.assert_close(one[0][k], two[0][k], atol=1e-5, rtol=1e-4)
     go("cut", 10, 2)
     cut = go("cut", 20, 2)  # stopped and resumed on two processes: bit for bit
     assert all(torch.equal(cut[0][k], two[0][k]) for k in two[0])

@@ -1,4 +1,6 @@
-"""Minority guidance: the exact classifier is classifier-free guidance, under every kind of solver and process; scores and bins on random input; wrong input."""
+"""Minority guidance: the exact classifier is classifier-free guidance, under every kind of
+solver and process; scores and bins on random input; wrong input."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,66 +9,104 @@ from diffkit.core.denoiser import MixtureDenoiser, NetDenoiser, cfg, count_evals
 from diffkit.core.nets import MLP
 from diffkit.core.process import EDM, VP, Cosine, Flow, time_grid
 from diffkit.core.sampling import DDIM, Ancestral, Heun, sample
-from diffkit.guidance.minority import BinClassifier, minority, minority_score, mixture_classifier, quantile_labels, train_bin_classifier
+from diffkit.guidance.minority import (
+    BinClassifier,
+    minority,
+    minority_score,
+    mixture_classifier,
+    quantile_labels,
+    train_bin_classifier,
+)
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 F64 = torch.float64
-MIX = GaussianMixture(ring(6).means, scales=.25, weights=[.3, .2, .2, .1, .1, .1], labels=[0, 0, 1, 1, 2, 2])
+MIX = GaussianMixture(
+    ring(6).means, scales=0.25, weights=[0.3, 0.2, 0.2, 0.1, 0.1, 0.1], labels=[0, 0, 1, 1, 2, 2]
+)
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def randn(*shape, seed=0, dtype=F64): return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
 
 
 @pytest.mark.parametrize("process", [VP(), EDM(), Cosine(), Flow()], ids=lambda p: type(p).__name__)
-@pytest.mark.parametrize("solver", [DDIM(), Heun(), DPMSolverPP(2), Ancestral()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize(
+    "solver", [DDIM(), Heun(), DPMSolverPP(2), Ancestral()], ids=lambda s: type(s).__name__
+)
 def test_the_exact_classifier_is_classifier_free_guidance(process, solver):
-    start = min(process.t_max, .97)
-    x, level, grid = randn(12, 2) * process.sigma(start), torch.arange(12) % 3, time_grid(process, 10, "log_snr", start)
+    start = min(process.t_max, 0.97)
+    x, level, grid = (
+        randn(12, 2) * process.sigma(start),
+        torch.arange(12) % 3,
+        time_grid(process, 10, "log_snr", start),
+    )
     d = MixtureDenoiser(MIX, process)
     run = lambda d, **c: sample(d, solver, x, grid, cond=c, generator=gen(1), progress=False)
-    for w in (0., 1., 2.5): assert_close(run(minority(d, mixture_classifier(MIX, process), level, w)), run(cfg(d, w), label=level), rtol=1e-6, atol=1e-7)
+    for w in (0.0, 1.0, 2.5):
+        assert_close(
+            run(minority(d, mixture_classifier(MIX, process), level, w)),
+            run(cfg(d, w), label=level),
+            rtol=1e-6,
+            atol=1e-7,
+        )
 
 
 def test_composes_with_other_guidance():
-    "Inside cfg the classifier's gradient enters both branches, so it cancels in the direction and stays once."
+    """Inside cfg the classifier's gradient enters both branches, so it cancels in the direction
+    and stays once."""
     d, x, y = MixtureDenoiser(MIX, VP()), randn(12, 2), torch.arange(12) % 3
     clf = lambda x, t, label=None: mixture_classifier(MIX, VP())(x, t)
-    a = cfg(minority(d, clf, 2, 1.5), 3.)(x, .4, label=y).eps
-    assert_close(a, minority(cfg(d, 3.), clf, 2, 1.5)(x, .4, label=y).eps, rtol=1e-9, atol=1e-9)
-    with count_evals(d) as n: minority(cfg(d, 3.), clf, 2)(x, .4, label=y)
+    a = cfg(minority(d, clf, 2, 1.5), 3.0)(x, 0.4, label=y).eps
+    assert_close(a, minority(cfg(d, 3.0), clf, 2, 1.5)(x, 0.4, label=y).eps, rtol=1e-9, atol=1e-9)
+    with count_evals(d) as n:
+        minority(cfg(d, 3.0), clf, 2)(x, 0.4, label=y)
     assert n.rows == 24
-    assert torch.equal(minority(d, clf, 2, 3., interval=(.5, 1.))(x, .4, label=y).eps, d(x, .4, label=y).eps)
+    assert torch.equal(
+        minority(d, clf, 2, 3.0, interval=(0.5, 1.0))(x, 0.4, label=y).eps, d(x, 0.4, label=y).eps
+    )
 
 
 def test_batch_independence_single_precision_and_gradients():
     d, clf, x = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP()), randn(12, 2)
-    whole = minority(d, clf, torch.arange(12) % 3, 2.)(x, .3).x0
-    assert_close(whole, torch.cat([minority(d, clf, i % 3, 2.)(x[i:i + 1], .3).x0 for i in range(12)]), rtol=1e-9, atol=1e-9)
-    low = minority(d, clf, 1, 2.)(x.float(), .3).x0
+    whole = minority(d, clf, torch.arange(12) % 3, 2.0)(x, 0.3).x0
+    assert_close(
+        whole,
+        torch.cat([minority(d, clf, i % 3, 2.0)(x[i : i + 1], 0.3).x0 for i in range(12)]),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+    low = minority(d, clf, 1, 2.0)(x.float(), 0.3).x0
     assert low.dtype == torch.float32
-    assert_close(low.double(), minority(d, clf, 1, 2.)(x, .3).x0, rtol=1e-3, atol=1e-4)
+    assert_close(low.double(), minority(d, clf, 1, 2.0)(x, 0.3).x0, rtol=1e-3, atol=1e-4)
     z = x.clone().requires_grad_()
-    minority(d, clf, 1, 2.)(z, .3).x0.sum().backward()
+    minority(d, clf, 1, 2.0)(z, 0.3).x0.sum().backward()
     h = torch.zeros_like(x)
     h[3, 1] = 1e-6
-    with torch.no_grad(): num = (minority(d, clf, 1, 2.)(x + h, .3).x0.sum() - minority(d, clf, 1, 2.)(x - h, .3).x0.sum()) / 2e-6
+    with torch.no_grad():
+        num = (
+            minority(d, clf, 1, 2.0)(x + h, 0.3).x0.sum()
+            - minority(d, clf, 1, 2.0)(x - h, 0.3).x0.sum()
+        ) / 2e-6
     assert_close(z.grad[3, 1], num, rtol=1e-5, atol=1e-6)
-    assert minority(d, clf)(x[:0], .3).x0.shape == (0, 2)
+    assert minority(d, clf)(x[:0], 0.3).x0.shape == (0, 2)
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(2, 60), bins=st.integers(2, 8), seed=st.integers(0, 99), ties=st.booleans())
 def test_bins_are_equal_and_ordered(n, bins, seed, ties):
     s = randn(n, seed=seed)
-    if ties: s = s.round()
+    if ties:
+        s = s.round()
     if bins > n:
-        with pytest.raises(ValueError, match="bins must lie"): quantile_labels(s, bins)
+        with pytest.raises(ValueError, match="bins must lie"):
+            quantile_labels(s, bins)
         return
     b, edges = quantile_labels(s, bins)
     size = b.bincount(minlength=bins)
@@ -78,18 +118,24 @@ def test_bins_are_equal_and_ordered(n, bins, seed, ties):
 def test_bins_as_quantiles_of_numpy():
     s = randn(100, seed=3)
     b, _ = quantile_labels(s, 4)
-    assert (b.numpy() == np.searchsorted(np.quantile(s.numpy(), [.25, .5, .75]), s.numpy())).all()  # no ties: the same cuts
+    # no ties: the same cuts
+    assert (
+        b.numpy() == np.searchsorted(np.quantile(s.numpy(), [0.25, 0.5, 0.75]), s.numpy())
+    ).all()
 
 
 def test_score_in_batches_with_labels_and_a_feature_distance():
     d, x, y = MixtureDenoiser(MIX, VP()), MIX.sample(50, gen(2))[0], torch.arange(50) % 3
-    a = minority_score(d, x, .3, 5, generator=gen(1), label=y)
-    assert_close(a, minority_score(d, x, .3, 5, generator=gen(1), label=y, batch=8))
+    a = minority_score(d, x, 0.3, 5, generator=gen(1), label=y)
+    assert_close(a, minority_score(d, x, 0.3, 5, generator=gen(1), label=y, batch=8))
     assert a.shape == (50,) and (a > 0).all()
     f = lambda u, v: (u.sin() - v.sin()).abs().sum(1)
-    assert minority_score(d, x, .3, 2, distance=f, generator=gen(1)).shape == (50,)
-    assert minority_score(d, x[:0], .3).shape == (0,)
-    assert minority_score(MixtureDenoiser(MIX, VP()), x.float(), .3, 2).dtype in (torch.float32, F64)
+    assert minority_score(d, x, 0.3, 2, distance=f, generator=gen(1)).shape == (50,)
+    assert minority_score(d, x[:0], 0.3).shape == (0,)
+    assert minority_score(MixtureDenoiser(MIX, VP()), x.float(), 0.3, 2).dtype in (
+        torch.float32,
+        F64,
+    )
 
 
 def test_training_is_reproducible_and_leaves_the_data_alone():
@@ -97,20 +143,68 @@ def test_training_is_reproducible_and_leaves_the_data_alone():
     before, out = x.clone(), []
     for _ in range(2):
         torch.manual_seed(0)
-        c = train_bin_classifier(MLP(2, out=2, hidden=16, depth=1), x, b, VP(), steps=5, generator=gen(5))
-        out.append(c(x, .3))
-    assert isinstance(c, BinClassifier) and not c.training and torch.equal(*out) and torch.equal(x, before)
-    assert torch.isfinite(minority(NetDenoiser(lambda x, t: x, VP(), "v"), c, 1, 2.)(x, .5).x0).all()
+        c = train_bin_classifier(
+            MLP(2, out=2, hidden=16, depth=1), x, b, VP(), steps=5, generator=gen(5)
+        )
+        out.append(c(x, 0.3))
+    assert (
+        isinstance(c, BinClassifier)
+        and not c.training
+        and torch.equal(*out)
+        and torch.equal(x, before)
+    )
+    assert torch.isfinite(
+        minority(NetDenoiser(lambda x, t: x, VP(), "v"), c, 1, 2.0)(x, 0.5).x0
+    ).all()
 
 
 D, CLF = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP())
 
 
-@pytest.mark.parametrize("f,error,says", [
-    (lambda x: minority(D, CLF, 3)(x, .5), ValueError, r"-3\.\.2"), (lambda x: minority(D, CLF, -4)(x, .5), ValueError, "level must lie"), (lambda x: minority(D, CLF, True), TypeError, "integer"), (lambda x: minority(D, None), TypeError, "classifier must be"),
-    (lambda x: minority(lambda x, t: x, CLF), TypeError, "Denoiser"), (lambda x: minority(D, lambda x, t: CLF(x.detach(), t))(x, .5), ValueError, "differentiable"), (lambda x: minority(D, CLF, torch.zeros(5, dtype=torch.long))(x, .5), ValueError, "one entry a sample"),
-    (lambda x: minority(D, CLF, torch.zeros(6))(x, .5), TypeError, "integer"), (lambda x: minority(D, CLF, scale=torch.ones(4))(x, .5), ValueError, "scale must be"), (lambda x: minority_score(D, x, torch.tensor([.1, .2])), ValueError, "one time"),
-    (lambda x: minority_score(D, x, 0), ValueError, r"\(0, 1\]"), (lambda x: minority_score(D, x, n=0), ValueError, "at least 1"), (lambda x: mixture_classifier(GaussianMixture([[0.], [1.]], scales=1., labels=[1, 2]), VP()), ValueError, "labels must be 0"),
-    (lambda x: train_bin_classifier(MLP(2, out=2), x.float(), torch.zeros(3, dtype=torch.long), VP()), ValueError, "labels must have"), (lambda x: quantile_labels(torch.zeros(4), 2, torch.zeros(3)), ValueError, "groups must have")])
+@pytest.mark.parametrize(
+    "f,error,says",
+    [
+        (lambda x: minority(D, CLF, 3)(x, 0.5), ValueError, r"-3\.\.2"),
+        (lambda x: minority(D, CLF, -4)(x, 0.5), ValueError, "level must lie"),
+        (lambda x: minority(D, CLF, True), TypeError, "integer"),
+        (lambda x: minority(D, None), TypeError, "classifier must be"),
+        (lambda x: minority(lambda x, t: x, CLF), TypeError, "Denoiser"),
+        (
+            lambda x: minority(D, lambda x, t: CLF(x.detach(), t))(x, 0.5),
+            ValueError,
+            "differentiable",
+        ),
+        (
+            lambda x: minority(D, CLF, torch.zeros(5, dtype=torch.long))(x, 0.5),
+            ValueError,
+            "one entry a sample",
+        ),
+        (lambda x: minority(D, CLF, torch.zeros(6))(x, 0.5), TypeError, "integer"),
+        (lambda x: minority(D, CLF, scale=torch.ones(4))(x, 0.5), ValueError, "scale must be"),
+        (lambda x: minority_score(D, x, torch.tensor([0.1, 0.2])), ValueError, "one time"),
+        (lambda x: minority_score(D, x, 0), ValueError, r"\(0, 1\]"),
+        (lambda x: minority_score(D, x, n=0), ValueError, "at least 1"),
+        (
+            lambda x: mixture_classifier(
+                GaussianMixture([[0.0], [1.0]], scales=1.0, labels=[1, 2]), VP()
+            ),
+            ValueError,
+            "labels must be 0",
+        ),
+        (
+            lambda x: train_bin_classifier(
+                MLP(2, out=2), x.float(), torch.zeros(3, dtype=torch.long), VP()
+            ),
+            ValueError,
+            "labels must have",
+        ),
+        (
+            lambda x: quantile_labels(torch.zeros(4), 2, torch.zeros(3)),
+            ValueError,
+            "groups must have",
+        ),
+    ],
+)
 def test_wrong_input(f, error, says):
-    with pytest.raises(error, match=says): f(randn(6, 2))
+    with pytest.raises(error, match=says):
+        f(randn(6, 2))

@@ -1,4 +1,6 @@
-"""Guidance on a real pipeline: `diffusers`' own classes with small random weights and a text condition, and the same results where the formulas agree."""
+"""Guidance on a real pipeline: `diffusers`' own classes with small random weights and a text
+condition, and the same results where the formulas agree."""
+
 import pytest
 import torch
 from diffkit.core.adapters import DiffusersScheduler, from_diffusers
@@ -12,100 +14,184 @@ from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from torch.testing import assert_close
 
 diffusers = pytest.importorskip("diffusers")
-STEPS, SCALE = 8, 5.
-TOL = dict(rtol=1e-4, atol=2e-5)  # float32 through eight steps at scale 5: their schedule is in float32, ours in float64
+STEPS, SCALE = 8, 5.0
+# float32 through eight steps at scale 5: their schedule is in float32, ours in float64
+TOL = dict(rtol=1e-4, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
 def pipe():
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(32, 64), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-                                          up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=8, norm_num_groups=8).eval()
-    vae = diffusers.AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",)).eval()
-    ddim = diffusers.DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False, timestep_spacing="trailing")
-    p = diffusers.StableDiffusionPipeline(vae, None, None, unet, ddim, None, None, requires_safety_checker=False)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(8,),
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    ).eval()
+    ddim = diffusers.DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+    p = diffusers.StableDiffusionPipeline(
+        vae, None, None, unet, ddim, None, None, requires_safety_checker=False
+    )
     p.set_progress_bar_config(disable=True)
     return p
 
 
 G = torch.Generator().manual_seed(1)
-PROMPT, NEGATIVE, LATENTS = torch.randn(2, 7, 16, generator=G), torch.randn(1, 7, 16, generator=G).expand(2, -1, -1), torch.randn(2, 4, 8, 8, generator=G)
+PROMPT, NEGATIVE, LATENTS = (
+    torch.randn(2, 7, 16, generator=G),
+    torch.randn(1, 7, 16, generator=G).expand(2, -1, -1),
+    torch.randn(2, 4, 8, 8, generator=G),
+)
 
 
 def theirs(pipe, **kwargs):
     side = 8 * pipe.vae_scale_factor
-    return pipe(prompt_embeds=PROMPT, negative_prompt_embeds=NEGATIVE, latents=LATENTS.clone(), num_inference_steps=STEPS, output_type="latent", height=side, width=side, **{"guidance_scale": SCALE, **kwargs}).images
+    return pipe(
+        prompt_embeds=PROMPT,
+        negative_prompt_embeds=NEGATIVE,
+        latents=LATENTS.clone(),
+        num_inference_steps=STEPS,
+        output_type="latent",
+        height=side,
+        width=side,
+        **{"guidance_scale": SCALE, **kwargs},
+    ).images
 
 
-def model(pipe): return from_diffusers(pipe.unet, pipe.scheduler if hasattr(pipe.scheduler, "betas") else None, null={"encoder_hidden_states": NEGATIVE})
+def model(pipe):
+    return from_diffusers(
+        pipe.unet,
+        pipe.scheduler if hasattr(pipe.scheduler, "betas") else None,
+        null={"encoder_hidden_states": NEGATIVE},
+    )
 
 
-def ours(denoiser, solver=None): return sample(denoiser, solver or DDIM(), LATENTS, time_grid(denoiser.process, STEPS, "trailing"), cond={"encoder_hidden_states": PROMPT}, progress=False)
+def ours(denoiser, solver=None):
+    return sample(
+        denoiser,
+        solver or DDIM(),
+        LATENTS,
+        time_grid(denoiser.process, STEPS, "trailing"),
+        cond={"encoder_hidden_states": PROMPT},
+        progress=False,
+    )
 
 
-def test_cfg_is_the_pipelines(pipe): assert_close(ours(cfg(model(pipe), SCALE)), theirs(pipe), **TOL)
+def test_cfg_is_the_pipelines(pipe):
+    assert_close(ours(cfg(model(pipe), SCALE)), theirs(pipe), **TOL)
 
 
 def test_apg_with_a_whole_parallel_part_is_the_pipelines_cfg(pipe):
-    for space in ("x0", "eps"): assert_close(ours(apg(model(pipe), SCALE, eta=1., space=space)), theirs(pipe), **TOL)
+    for space in ("x0", "eps"):
+        assert_close(ours(apg(model(pipe), SCALE, eta=1.0, space=space)), theirs(pipe), **TOL)
 
 
 def test_apg_is_diffusers_guider_on_raw_outputs(pipe):
-    "Their guider combines network outputs, which is our space='eps'; both loops use their DDIM step."
+    """Their guider combines network outputs, which is our space='eps'; both loops use their
+    DDIM step."""
     guiders = pytest.importorskip("diffusers.guiders.adaptive_projected_guidance")
-    d, w, buffer = model(pipe), SCALE, guiders.MomentumBuffer(-.5)
+    d, w, buffer = model(pipe), SCALE, guiders.MomentumBuffer(-0.5)
     x, seen = LATENTS.clone(), []
     sch = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     sch.set_timesteps(STEPS)
-    guided = apg(d, w, eta=.2, r=4., beta=-.5, space="eps")
+    guided = apg(d, w, eta=0.2, r=4.0, beta=-0.5, space="eps")
     with torch.no_grad():
         for t, u in zip(sch.timesteps, time_grid(d.process, STEPS, "trailing").tolist()):
             c, n = (pipe.unet(x, t, encoder_hidden_states=e).sample for e in (PROMPT, NEGATIVE))
-            eps = guiders.normalized_guidance(c, n, w - 1, buffer, .2, 4., use_original_formulation=True)
+            eps = guiders.normalized_guidance(
+                c, n, w - 1, buffer, 0.2, 4.0, use_original_formulation=True
+            )
             seen.append((guided(x, u, encoder_hidden_states=PROMPT).eps - eps).abs().max().item())
             x = sch.step(eps, t, x).prev_sample
     assert max(seen) < 1e-4, seen  # float32; their projection is in float64 as ours
 
 
 def test_adaptive_guidance_that_never_stops_is_the_pipelines_cfg(pipe):
-    assert_close(ours(adaptive(model(pipe), SCALE, threshold=1.)), theirs(pipe), **TOL)
+    assert_close(ours(adaptive(model(pipe), SCALE, threshold=1.0)), theirs(pipe), **TOL)
 
 
 def test_guidance_cut_off_after_some_steps_as_a_pipeline_callback_does(pipe):
-    "diffusers' own recipe for dynamic guidance: a callback that sets the scale to 0 and halves the prompt after k steps. Here it is a plan."
+    """diffusers' own recipe for dynamic guidance: a callback that sets the scale to 0 and
+    halves the prompt after k steps. Here it is a plan."""
     k = 3
 
     def stop(pipe, i, t, kw):
         if i == k - 1:
-            pipe._guidance_scale = 0.
+            pipe._guidance_scale = 0.0
             kw["prompt_embeds"] = kw["prompt_embeds"].chunk(2)[-1]
         return kw
 
     d = policy(model(pipe), SCALE, ["cfg"] * k + ["cond"] * (STEPS - k))
-    with count_evals(d) as n: mine = ours(d)
+    with count_evals(d) as n:
+        mine = ours(d)
     assert n.rows == len(LATENTS) * (STEPS + k)
-    assert_close(mine, theirs(pipe, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"]), **TOL)
+    assert_close(
+        mine,
+        theirs(
+            pipe, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"]
+        ),
+        **TOL,
+    )
 
 
-@pytest.mark.parametrize("scale", [1., SCALE])
+@pytest.mark.parametrize("scale", [1.0, SCALE])
 @pytest.mark.parametrize("name", ["mid_block.attentions.0", "up_blocks.0.attentions.0"])
 def test_pag_is_the_pag_pipelines(pipe, name, scale):
     "The perturbed-attention pipeline: with and without classifier-free guidance."
-    other = diffusers.StableDiffusionPAGPipeline(pipe.vae, None, None, pipe.unet, diffusers.DDIMScheduler.from_config(pipe.scheduler.config), None, None, requires_safety_checker=False, pag_applied_layers=[name])
+    other = diffusers.StableDiffusionPAGPipeline(
+        pipe.vae,
+        None,
+        None,
+        pipe.unet,
+        diffusers.DDIMScheduler.from_config(pipe.scheduler.config),
+        None,
+        None,
+        requires_safety_checker=False,
+        pag_applied_layers=[name],
+    )
     other.set_progress_bar_config(disable=True)
     before = dict(pipe.unet.attn_processors)
-    try: want = theirs(other, guidance_scale=scale, pag_scale=2.)
-    finally: pipe.unet.set_attn_processor(before)
-    d = pag(model(pipe), 2., layers=[name + ".transformer_blocks.0.attn1"], cfg_scale=None if scale == 1. else scale)
+    try:
+        want = theirs(other, guidance_scale=scale, pag_scale=2.0)
+    finally:
+        pipe.unet.set_attn_processor(before)
+    d = pag(
+        model(pipe),
+        2.0,
+        layers=[name + ".transformer_blocks.0.attn1"],
+        cfg_scale=None if scale == 1.0 else scale,
+    )
     assert_close(ours(d), want, **TOL)
 
 
 def test_every_guidance_under_the_scheduler_of_a_pipeline(pipe):
-    "Our multistep solver as the pipeline's scheduler, and the loop with a guided denoiser: the same path."
+    """Our multistep solver as the pipeline's scheduler, and the loop with a guided denoiser:
+    the same path."""
     own = pipe.scheduler
     try:
         d = model(pipe)
         pipe.scheduler = DiffusersScheduler(DPMSolverPP(order=2), like=own)
         want = theirs(pipe)
-    finally: pipe.scheduler = own
-    for guided in (cfg(d, SCALE), apg(d, SCALE, eta=1.), adaptive(d, SCALE, threshold=1.)): assert_close(ours(guided, DPMSolverPP(order=2)), want, **TOL)
+    finally:
+        pipe.scheduler = own
+    for guided in (cfg(d, SCALE), apg(d, SCALE, eta=1.0), adaptive(d, SCALE, threshold=1.0)):
+        assert_close(ours(guided, DPMSolverPP(order=2)), want, **TOL)

@@ -1,4 +1,6 @@
-"""PromptGen: the flow against autograd, known targets, moment constraints against scipy, a diffusion model as a generator, and wrong input."""
+"""PromptGen: the flow against autograd, known targets, moment constraints against scipy, a
+diffusion model as a generator, and wrong input."""
+
 import math
 
 import numpy as np
@@ -8,7 +10,15 @@ from diffkit.core.data import GaussianMixture, ring
 from diffkit.core.denoiser import MixtureDenoiser, NetDenoiser, cfg
 from diffkit.core.process import EDM, VP, time_grid
 from diffkit.core.sampling import DDIM, Ancestral, sample
-from diffkit.guidance.promptgen import LatentFlow, PromptGen, class_energy, distance_energy, fit_moment, moment_energy, ode_generator
+from diffkit.guidance.promptgen import (
+    LatentFlow,
+    PromptGen,
+    class_energy,
+    distance_energy,
+    fit_moment,
+    moment_energy,
+    ode_generator,
+)
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,30 +29,39 @@ from torch.testing import assert_close
 F64 = torch.float64
 
 
-def gen(seed=0): return torch.Generator().manual_seed(seed)
+def gen(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-def randn(*shape, seed=0, dtype=F64): return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
 
 
 def shaken(flow, seed=1):
     g = gen(seed)
-    for p in flow.parameters(): p.data += .3 * torch.randn(p.shape, generator=g, dtype=p.dtype)
+    for p in flow.parameters():
+        p.data += 0.3 * torch.randn(p.shape, generator=g, dtype=p.dtype)
     return flow
 
 
 @settings(max_examples=20, deadline=None)
-@given(dim=st.integers(2, 7), blocks=st.integers(1, 4), code=st.integers(0, 2), seed=st.integers(0, 50))
+@given(
+    dim=st.integers(2, 7), blocks=st.integers(1, 4), code=st.integers(0, 2), seed=st.integers(0, 50)
+)
 def test_flow_inverse_and_determinant(dim, blocks, code, seed):
     torch.set_default_dtype(F64)
-    try: flow = shaken(LatentFlow(dim, blocks, 8, cond_dim=code, seed=seed), seed)
-    finally: torch.set_default_dtype(torch.float32)
+    try:
+        flow = shaken(LatentFlow(dim, blocks, 8, cond_dim=code, seed=seed), seed)
+    finally:
+        torch.set_default_dtype(torch.float32)
     x, c = randn(3, dim, seed=seed), randn(3, code, seed=seed + 1) if code else None
     z, ld = flow(x, c)
     back, ld2 = flow.inverse(z, c)
     assert_close(back, x, rtol=1e-9, atol=1e-9)
     assert_close(ld2, -ld)
-    J = torch.autograd.functional.jacobian(lambda e: flow(e[None], None if c is None else c[:1])[0][0], x[0])
+    J = torch.autograd.functional.jacobian(
+        lambda e: flow(e[None], None if c is None else c[:1])[0][0], x[0]
+    )
     assert_close(ld[0], torch.linalg.slogdet(J)[1])
 
 
@@ -56,8 +75,13 @@ def test_flow_draws_its_own_start_and_leaves_the_global_seed_alone():
 
 @pytest.mark.parametrize("k", [2, 5])
 def test_moments_as_scipy_finds_them(k):
-    g, mu = randn(3000, k, seed=k).tanh(), torch.linspace(-.2, .3, k, dtype=F64)
-    ref = minimize(lambda b: np.log(np.exp(g.numpy() @ b).mean()) - b @ mu.numpy(), np.zeros(k), method="BFGS", options={"gtol": 1e-9}).x
+    g, mu = randn(3000, k, seed=k).tanh(), torch.linspace(-0.2, 0.3, k, dtype=F64)
+    ref = minimize(
+        lambda b: np.log(np.exp(g.numpy() @ b).mean()) - b @ mu.numpy(),
+        np.zeros(k),
+        method="BFGS",
+        options={"gtol": 1e-9},
+    ).x
     assert_close(fit_moment(g, mu), torch.from_numpy(ref), rtol=1e-5, atol=1e-5)
 
 
@@ -72,68 +96,145 @@ def test_constraint_holds_on_probabilities(seed, k):
 
 def test_energies_add_up_and_reach_the_latent_only():
     clf = nn.Linear(3, 4)
-    p = PromptGen(lambda z: z, [class_energy(clf, 2), distance_energy(lambda x: x, torch.ones(3)), moment_energy(lambda x: clf(x).softmax(1), torch.arange(4.))], 3, [1., .5, 2.], LatentFlow(3, 2, 8))
+    p = PromptGen(
+        lambda z: z,
+        [
+            class_energy(clf, 2),
+            distance_energy(lambda x: x, torch.ones(3)),
+            moment_energy(lambda x: clf(x).softmax(1), torch.arange(4.0)),
+        ],
+        3,
+        [1.0, 0.5, 2.0],
+        LatentFlow(3, 2, 8),
+    )
     z = randn(5, 3, dtype=torch.float32)
     prob = clf(z).softmax(1)
-    assert_close(p.energy(z), -(prob[:, 2] + 1e-8).log() + .5 * (z - 1).square().sum(1) - 2 * prob @ torch.arange(4.))
+    assert_close(
+        p.energy(z),
+        -(prob[:, 2] + 1e-8).log() + 0.5 * (z - 1).square().sum(1) - 2 * prob @ torch.arange(4.0),
+    )
     p.fit(3, 8, progress=False)
-    assert all(q.grad is None for q in clf.parameters()) and all(k.startswith("flow.") for k in p.state_dict())
+    assert all(q.grad is None for q in clf.parameters()) and all(
+        k.startswith("flow.") for k in p.state_dict()
+    )
 
 
 def test_one_control_after_another_is_both_at_once():
     "Two linear energies on a Gaussian: stacked or together, the mean moves by the sum."
-    a, b = torch.tensor([1., 0., 0.]), torch.tensor([0., -.7, .4])
-    one = PromptGen(lambda z: z, lambda x: -x @ a, 3, flow=LatentFlow(3, 3, 16)).fit(200, 128, 1e-2, generator=gen(1), progress=False)
-    two = PromptGen(one.as_generator(), lambda x: -x @ b, 3, flow=LatentFlow(3, 3, 16, seed=1)).fit(200, 128, 1e-2, generator=gen(2), progress=False)
-    assert (two.sample(20_000, gen(3)).mean(0) - a - b).abs().max() < .08  # one flow is off by 0.03 after so few steps, the second inherits it
-    assert two.ess(generator=gen(4)) > .9
+    a, b = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, -0.7, 0.4])
+    one = PromptGen(lambda z: z, lambda x: -x @ a, 3, flow=LatentFlow(3, 3, 16)).fit(
+        200, 128, 1e-2, generator=gen(1), progress=False
+    )
+    two = PromptGen(one.as_generator(), lambda x: -x @ b, 3, flow=LatentFlow(3, 3, 16, seed=1)).fit(
+        200, 128, 1e-2, generator=gen(2), progress=False
+    )
+    # one flow is off by 0.03 after so few steps, the second inherits it
+    assert (two.sample(20_000, gen(3)).mean(0) - a - b).abs().max() < 0.08
+    assert two.ess(generator=gen(4)) > 0.9
 
 
 def test_importance_weights_are_right_for_any_flow():
     "An untrained, shaken flow: the weighted mean is still that of the target."
     torch.set_default_dtype(F64)
-    try: p = PromptGen(lambda z: z, lambda x: -x[:, 0], 2, flow=shaken(LatentFlow(2, 1, 8)))
-    finally: torch.set_default_dtype(torch.float32)
+    try:
+        p = PromptGen(lambda z: z, lambda x: -x[:, 0], 2, flow=shaken(LatentFlow(2, 1, 8)))
+    finally:
+        torch.set_default_dtype(torch.float32)
     e = randn(200_000, 2)
-    with torch.no_grad(): lw, z = p.log_weight(e), p.flow(e)[0]
-    assert abs(torch.logsumexp(lw, 0) - math.log(len(e)) - .5) < .05  # Z = e^(1/2)
-    assert ((lw.softmax(0)[:, None] * z).sum(0) - torch.tensor([1., 0.], dtype=F64)).abs().max() < .05
+    with torch.no_grad():
+        lw, z = p.log_weight(e), p.flow(e)[0]
+    assert abs(torch.logsumexp(lw, 0) - math.log(len(e)) - 0.5) < 0.05  # Z = e^(1/2)
+    assert (
+        (lw.softmax(0)[:, None] * z).sum(0) - torch.tensor([1.0, 0.0], dtype=F64)
+    ).abs().max() < 0.05
 
 
 def test_same_seed_same_result_and_interruption_leaves_a_usable_flow():
     make = lambda: PromptGen(lambda z: z, lambda x: x.square().sum(1), 2, flow=LatentFlow(2, 2, 8))
-    a, b = (make().fit(20, 16, generator=gen(5), progress=False).sample(9, gen(6)) for _ in range(2))
+    a, b = (
+        make().fit(20, 16, generator=gen(5), progress=False).sample(9, gen(6)) for _ in range(2)
+    )
     assert torch.equal(a, b)
+
     def stop(i, loss):
-        if i == 5: raise KeyboardInterrupt
+        if i == 5:
+            raise KeyboardInterrupt
+
     p = make()
-    with pytest.raises(KeyboardInterrupt): p.fit(20, 16, generator=gen(5), progress=False, callback=stop)
+    with pytest.raises(KeyboardInterrupt):
+        p.fit(20, 16, generator=gen(5), progress=False, callback=stop)
     assert torch.isfinite(p.sample(4, gen(6))).all()
 
 
 @pytest.mark.parametrize("process", [VP(), EDM()], ids=["VP", "EDM"])
 def test_a_diffusion_model_as_a_generator(process):
     d, grid = MixtureDenoiser(ring(), process), time_grid(process, 6, "log_snr")
-    G, z = ode_generator(cfg(d, 2.), DPMSolverPP(order=2), grid, (2,), {"label": 3}), randn(5, 2).requires_grad_()
-    want = sample(cfg(d, 2.), DPMSolverPP(order=2), z.detach() * process.sigma(grid[0]).item(), grid, cond={"label": torch.full((5,), 3)}, progress=False)
+    G, z = (
+        ode_generator(cfg(d, 2.0), DPMSolverPP(order=2), grid, (2,), {"label": 3}),
+        randn(5, 2).requires_grad_(),
+    )
+    want = sample(
+        cfg(d, 2.0),
+        DPMSolverPP(order=2),
+        z.detach() * process.sigma(grid[0]).item(),
+        grid,
+        cond={"label": torch.full((5,), 3)},
+        progress=False,
+    )
     assert_close(G(z), want)
     assert torch.autograd.grad(G(z).sum(), z)[0].abs().sum() > 0
     assert G(torch.zeros(0, 2, dtype=F64)).shape == (0, 2)
-    for solver in (DDIM(1.), Ancestral(), DPMSolverPP(order=2, sde=True)):
-        with pytest.raises(ValueError, match="deterministic"): ode_generator(d, solver, grid, (2,))
+    for solver in (DDIM(1.0), Ancestral(), DPMSolverPP(order=2, sde=True)):
+        with pytest.raises(ValueError, match="deterministic"):
+            ode_generator(d, solver, grid, (2,))
 
 
-@pytest.mark.parametrize("f,error,says", [
-    (lambda: LatentFlow(1), ValueError, "dim must be"), (lambda: LatentFlow(3, clamp=0.), ValueError, "clamp"), (lambda: LatentFlow(3)(torch.zeros(2, 4)), ValueError, r"\(B, 3\)"), (lambda: LatentFlow(3)(torch.zeros(3)), ValueError, r"\(B, 3\)"),
-    (lambda: PromptGen(lambda z: z, [], 3), ValueError, "at least one"), (lambda: PromptGen(lambda z: z, lambda x: x.sum(), 3).fit(1, progress=False), ValueError, "one number a sample"),
-    (lambda: PromptGen(lambda z: z, lambda x: (x * float("nan")).sum(1), 3).fit(1, progress=False), FloatingPointError, "not finite"), (lambda: PromptGen(lambda z: z, lambda x: x.sum(1), 3).fit(-1), ValueError, "negative"),
-    (lambda: fit_moment(torch.zeros(5), [0.]), ValueError, "gamma must have"), (lambda: fit_moment(torch.eye(3), [.5, .5]), ValueError, "mu must have"), (lambda: fit_moment(torch.eye(3).double(), [.2, .2, .2]), ValueError, "add up"),
-    (lambda: fit_moment(torch.tensor([[0., 0.], [1., 1.], [.2, .3]]), [.9, .1]), ValueError, "cannot be reached"), (lambda: fit_moment(torch.full((3, 2), float("nan")), [0., 0.]), ValueError, "finite"),
-    (lambda: ode_generator(NetDenoiser(lambda x, t: x, VP()), DDIM(), time_grid(VP(), 3), (2, 2))(torch.zeros(2, 3)), ValueError, "4 numbers")])
+@pytest.mark.parametrize(
+    "f,error,says",
+    [
+        (lambda: LatentFlow(1), ValueError, "dim must be"),
+        (lambda: LatentFlow(3, clamp=0.0), ValueError, "clamp"),
+        (lambda: LatentFlow(3)(torch.zeros(2, 4)), ValueError, r"\(B, 3\)"),
+        (lambda: LatentFlow(3)(torch.zeros(3)), ValueError, r"\(B, 3\)"),
+        (lambda: PromptGen(lambda z: z, [], 3), ValueError, "at least one"),
+        (
+            lambda: PromptGen(lambda z: z, lambda x: x.sum(), 3).fit(1, progress=False),
+            ValueError,
+            "one number a sample",
+        ),
+        (
+            lambda: PromptGen(lambda z: z, lambda x: (x * float("nan")).sum(1), 3).fit(
+                1, progress=False
+            ),
+            FloatingPointError,
+            "not finite",
+        ),
+        (lambda: PromptGen(lambda z: z, lambda x: x.sum(1), 3).fit(-1), ValueError, "negative"),
+        (lambda: fit_moment(torch.zeros(5), [0.0]), ValueError, "gamma must have"),
+        (lambda: fit_moment(torch.eye(3), [0.5, 0.5]), ValueError, "mu must have"),
+        (lambda: fit_moment(torch.eye(3).double(), [0.2, 0.2, 0.2]), ValueError, "add up"),
+        (
+            lambda: fit_moment(torch.tensor([[0.0, 0.0], [1.0, 1.0], [0.2, 0.3]]), [0.9, 0.1]),
+            ValueError,
+            "cannot be reached",
+        ),
+        (lambda: fit_moment(torch.full((3, 2), float("nan")), [0.0, 0.0]), ValueError, "finite"),
+        (
+            lambda: ode_generator(
+                NetDenoiser(lambda x, t: x, VP()), DDIM(), time_grid(VP(), 3), (2, 2)
+            )(torch.zeros(2, 3)),
+            ValueError,
+            "4 numbers",
+        ),
+    ],
+)
 def test_wrong_input(f, error, says):
-    with pytest.raises(error, match=says): f()
+    with pytest.raises(error, match=says):
+        f()
 
 
 def test_a_mixture_generator_in_single_precision():
-    d = MixtureDenoiser(GaussianMixture([[0., 0.]], scales=1.), VP())
-    assert ode_generator(d, DDIM(), time_grid(VP(), 4), (2,))(torch.zeros(3, 2)).dtype == torch.float32
+    d = MixtureDenoiser(GaussianMixture([[0.0, 0.0]], scales=1.0), VP())
+    assert (
+        ode_generator(d, DDIM(), time_grid(VP(), 4), (2,))(torch.zeros(3, 2)).dtype == torch.float32
+    )

@@ -1,4 +1,6 @@
-"""VSD: SDS by hand and as published, exact limits on random input, composition with guidance, interruption, and every error."""
+"""VSD: SDS by hand and as published, exact limits on random input, composition with guidance,
+interruption, and every error."""
+
 import copy
 import warnings
 
@@ -10,7 +12,16 @@ from diffkit.core.nets import MLP, UNet
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, Process, time_grid
 from diffkit.core.sampling import DDIM, Heun, sample
 from diffkit.guidance.apg import apg
-from diffkit.guidance.vsd import ImageScene, LearnedScore, ParticleDenoiser, VoxelScene, distill, distill_loss, lora, score_distill_grad
+from diffkit.guidance.vsd import (
+    ImageScene,
+    LearnedScore,
+    ParticleDenoiser,
+    VoxelScene,
+    distill,
+    distill_loss,
+    lora,
+    score_distill_grad,
+)
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,30 +32,40 @@ F64 = torch.float64
 PROCESSES = [VP(), Cosine(), Discrete(), VE(), EDM(), Flow()]
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
-def randn(*shape, seed=0, dtype=F64): return torch.randn(*shape, generator=rng(seed), dtype=dtype)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=F64):
+    return torch.randn(*shape, generator=rng(seed), dtype=dtype)
 
 
 def net(dtype=torch.float32, dim=2, **k):  # a small conditional network with a null label
     torch.manual_seed(0)
     d = NetDenoiser(MLP(dim, hidden=16, depth=1, classes=3, **k), VP(), "v", null={"label": 3})
-    nn.init.normal_(d.net.head.weight, std=.3)
+    nn.init.normal_(d.net.head.weight, std=0.3)
     return d.to(dtype)
 
 
-def quiet(prior, z, *a, seed=1, **k): return distill(prior, z, *a, generator=rng(seed), progress=False, **{"steps": 6, **k})
+def quiet(prior, z, *a, seed=1, **k):
+    return distill(prior, z, *a, generator=rng(seed), progress=False, **{"steps": 6, **k})
 
 
-# --- the gradient ---------------------------------------------------------------------------------------------------
+# --- the gradient
+
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 @settings(max_examples=15, deadline=None)
-@given(st.integers(0, 10**6), st.floats(.03, .97), st.integers(1, 4))
+@given(st.integers(0, 10**6), st.floats(0.03, 0.97), st.integers(1, 4))
 def test_one_particle_is_sds_on_every_process(process, seed, t, dim):
-    prior = MixtureDenoiser(GaussianMixture(randn(5, dim, seed=seed), scales=.3), process)
+    prior = MixtureDenoiser(GaussianMixture(randn(5, dim, seed=seed), scales=0.3), process)
     x, e = randn(1, dim, seed=seed + 1), randn(1, dim, seed=seed + 2)
-    sds, one = score_distill_grad(prior, x, t, e), score_distill_grad(prior, x, t, e, ParticleDenoiser(x, process))
-    # the particle's noise is had back as (x_t - alpha x) / sigma: a rounding of x_t counts 1 / sigma times
+    sds, one = (
+        score_distill_grad(prior, x, t, e),
+        score_distill_grad(prior, x, t, e, ParticleDenoiser(x, process)),
+    )
+    # the particle's noise is had back as (x_t - alpha x) / sigma: a rounding of x_t counts 1 /
+    # sigma times
     s = float(process.sigma(t))
     assert_close(sds, one, rtol=1e-6, atol=1e-10 * max(1, s * s) / min(1, s))
 
@@ -52,69 +73,124 @@ def test_one_particle_is_sds_on_every_process(process, seed, t, dim):
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 def test_zero_at_q_equals_p(process):
     prior = MixtureDenoiser(ring(), process)
-    x, e, t = randn(8, 2), randn(8, 2, seed=1), torch.linspace(.1, .9, 8, dtype=F64)
+    x, e, t = randn(8, 2), randn(8, 2, seed=1), torch.linspace(0.1, 0.9, 8, dtype=F64)
     assert score_distill_grad(prior, x, t, e, MixtureDenoiser(ring(), process)).abs().max() == 0
 
 
 @pytest.mark.parametrize("weight", ["sigma2", "one", "alpha_sigma", lambda a, s: s**3])
 def test_weights_and_the_published_formula(weight):
-    "SDS as its official code writes it: w(t) (eps_uncond + w (eps_text - eps_uncond) - noise), with w(t) = 1 - alpha_bar."
-    d, x, e, t, y = net(F64), randn(6, 2), randn(6, 2, seed=1), torch.linspace(.05, .95, 6, dtype=F64), torch.arange(6) % 3
+    """SDS as its official code writes it: w(t) (eps_uncond + w (eps_text - eps_uncond) -
+    noise), with w(t) = 1 - alpha_bar."""
+    d, x, e, t, y = (
+        net(F64),
+        randn(6, 2),
+        randn(6, 2, seed=1),
+        torch.linspace(0.05, 0.95, 6, dtype=F64),
+        torch.arange(6) % 3,
+    )
     a, s = (f(t)[:, None] for f in (VP().alpha, VP().sigma))
     xt = a * x + s * e
     c, u = d(xt, t, label=y).eps, d(xt, t, label=torch.full((6,), 3)).eps
-    omega = {"sigma2": 1 - a**2, "one": 1 + 0 * a, "alpha_sigma": a * s}.get(weight, s**3) if isinstance(weight, str) else s**3
-    assert_close(score_distill_grad(cfg(d, 100.), x, t, e, weight=weight, cond={"label": y}), omega * (u + 100 * (c - u) - e))
+    omega = (
+        {"sigma2": 1 - a**2, "one": 1 + 0 * a, "alpha_sigma": a * s}.get(weight, s**3)
+        if isinstance(weight, str)
+        else s**3
+    )
+    assert_close(
+        score_distill_grad(cfg(d, 100.0), x, t, e, weight=weight, cond={"label": y}),
+        omega * (u + 100 * (c - u) - e),
+    )
 
 
 def test_batch_independence_and_times():
     d, x, e, y = net(F64), randn(5, 2), randn(5, 2, seed=1), torch.arange(5) % 3
-    t = torch.linspace(.1, .9, 5, dtype=F64)
-    whole = score_distill_grad(cfg(d, 3.), x, t, e, d, cond={"label": y}, q_cond={"label": y})
+    t = torch.linspace(0.1, 0.9, 5, dtype=F64)
+    whole = score_distill_grad(cfg(d, 3.0), x, t, e, d, cond={"label": y}, q_cond={"label": y})
     for i in range(5):
         k = slice(i, i + 1)
-        assert_close(score_distill_grad(cfg(d, 3.), x[k], t[i].item(), e[k], d, cond={"label": y[k]}, q_cond={"label": y[k]}), whole[k])
+        assert_close(
+            score_distill_grad(
+                cfg(d, 3.0),
+                x[k],
+                t[i].item(),
+                e[k],
+                d,
+                cond={"label": y[k]},
+                q_cond={"label": y[k]},
+            ),
+            whole[k],
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_dtype_is_kept(dtype):
     x, e = randn(4, 2, dtype=dtype), randn(4, 2, seed=1, dtype=dtype)
     for q in (None, ParticleDenoiser(x), net(dtype)):
-        for t in (.3, torch.full((4,), .3, dtype=F64)):
+        for t in (0.3, torch.full((4,), 0.3, dtype=F64)):
             assert score_distill_grad(MixtureDenoiser(ring(), VP()), x, t, e, q).dtype == dtype
 
 
-@pytest.mark.parametrize("wrap", [lambda d: cfg(d, 3.), lambda d: cfg(d, torch.tensor([1., 2., 3., 4., 5., 6.])), lambda d: apg(d, 3., beta=-.5), lambda d: cfg(apg(d, 3.), 2.)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda d: cfg(d, 3.0),
+        lambda d: cfg(d, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])),
+        lambda d: apg(d, 3.0, beta=-0.5),
+        lambda d: cfg(apg(d, 3.0), 2.0),
+    ],
+)
 def test_any_guidance_is_a_prior(wrap):
-    "Times come in no order: a guidance with a memory starts afresh at every call, without a warning."
+    """Times come in no order: a guidance with a memory starts afresh at every call, without a
+    warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        out = quiet(wrap(net()), randn(6, 2, dtype=torch.float32), views=[{"label": torch.arange(6) % 3}], q="exact")
+        out = quiet(
+            wrap(net()),
+            randn(6, 2, dtype=torch.float32),
+            views=[{"label": torch.arange(6) % 3}],
+            q="exact",
+        )
     assert out.isfinite().all() and out.dtype == torch.float32
 
 
 def test_prior_may_differentiate_inside():
     from diffkit.core.denoiser import classifier_guidance
-    prior = classifier_guidance(MixtureDenoiser(ring(), VP()), lambda x, t: -x.square().sum(1), 1.)
+
+    prior = classifier_guidance(MixtureDenoiser(ring(), VP()), lambda x, t: -x.square().sum(1), 1.0)
     assert quiet(prior, randn(3, 2), method="sds").isfinite().all()
 
 
 @pytest.mark.parametrize("solver", [DDIM(), DPMSolverPP(2), Heun()], ids=repr)
 def test_particles_and_learned_scores_are_denoisers(solver):
-    "Sampling from the exact q of particles returns particles; both go inside guidance and under every solver."
+    """Sampling from the exact q of particles returns particles; both go inside guidance and
+    under every solver."""
     z = randn(5, 2)
-    out = sample(ParticleDenoiser(z), solver, randn(40, 2, seed=2), time_grid(VP(), 40), progress=False)
-    assert torch.cdist(out, z).min(1)[0].median() < .05
+    out = sample(
+        ParticleDenoiser(z), solver, randn(40, 2, seed=2), time_grid(VP(), 40), progress=False
+    )
+    assert torch.cdist(out, z).min(1)[0].median() < 0.05
     q = LearnedScore(net(), generator=rng())
-    assert sample(cfg(q, 2.), solver, randn(4, 2, dtype=torch.float32), time_grid(VP(), 5), cond={"label": torch.arange(4) % 3}, progress=False).isfinite().all()
+    assert (
+        sample(
+            cfg(q, 2.0),
+            solver,
+            randn(4, 2, dtype=torch.float32),
+            time_grid(VP(), 5),
+            cond={"label": torch.arange(4) % 3},
+            progress=False,
+        )
+        .isfinite()
+        .all()
+    )
 
 
-# --- the loss and the loop ------------------------------------------------------------------------------------------
+# --- the loss and the loop
+
 
 def test_loss_pulls_back_and_reaches_no_network():
     d, q, th = net(F64), net(F64), randn(4, 2).requires_grad_()
     x = torch.tanh(th @ randn(2, 2, seed=5))
-    g = score_distill_grad(d, x, .4, randn(4, 2, seed=1), q)
+    g = score_distill_grad(d, x, 0.4, randn(4, 2, seed=1), q)
     distill_loss(x, g).backward()
     assert_close(th.grad, torch.autograd.grad(torch.tanh(th @ randn(2, 2, seed=5)), th, g)[0])
     assert all(p.grad is None for m in (d, q) for p in m.parameters())
@@ -122,21 +198,33 @@ def test_loss_pulls_back_and_reaches_no_network():
 
 def test_gradient_of_one_particle_does_not_depend_on_their_number():
     z = randn(1, 2)
-    kw = dict(method="sds", optimizer=torch.optim.SGD, lr=.1, steps=1, seed=3)
+    kw = dict(method="sds", optimizer=torch.optim.SGD, lr=0.1, steps=1, seed=3)
     one, many = quiet(MixtureDenoiser(ring(), VP()), z, **kw), None
     moved = []
-    def keep(i, p, grad): moved.append((p.clone(), grad))
+
+    def keep(i, p, grad):
+        moved.append((p.clone(), grad))
+
     many = quiet(MixtureDenoiser(ring(), VP()), randn(7, 2), callback=keep, **kw)
-    assert_close(many, randn(7, 2) - .1 * moved[0][1])
+    assert_close(many, randn(7, 2) - 0.1 * moved[0][1])
     assert one.shape == (1, 2)
 
 
 @pytest.mark.parametrize("q", ["exact", "learned", "object"])
 def test_same_seed_same_result_and_the_input_is_not_touched(q):
-    z = randn(5, 2, dtype=torch.float32); keep = z.clone()
-    def make(): return LearnedScore(copy.deepcopy(net()), lr=1e-2, generator=rng(7)) if q == "object" else q
+    z = randn(5, 2, dtype=torch.float32)
+    keep = z.clone()
+
+    def make():
+        return LearnedScore(copy.deepcopy(net()), lr=1e-2, generator=rng(7)) if q == "object" else q
+
     runs = [quiet(net(), z, q=make(), views=[{"label": 1}]) for _ in range(2)]
-    assert torch.equal(*runs) and torch.equal(z, keep) and not runs[0].requires_grad and (runs[0] - z).abs().max() > 0
+    assert (
+        torch.equal(*runs)
+        and torch.equal(z, keep)
+        and not runs[0].requires_grad
+        and (runs[0] - z).abs().max() > 0
+    )
 
 
 def test_groups_are_separate_runs():
@@ -144,79 +232,148 @@ def test_groups_are_separate_runs():
     prior, z = MixtureDenoiser(ring(), VP()), randn(6, 2)
     g = torch.tensor([0, 0, 0, 1, 1, 1])
     grads = {}
-    quiet(prior, z, q="exact", group=g, steps=1, callback=lambda i, p, grad: grads.update(both=grad))
-    gen = rng(1); t = .02 + .96 * torch.rand(6, generator=gen, dtype=F64); e = torch.randn(6, 2, generator=gen, dtype=F64)
+    quiet(
+        prior, z, q="exact", group=g, steps=1, callback=lambda i, p, grad: grads.update(both=grad)
+    )
+    gen = rng(1)
+    t = 0.02 + 0.96 * torch.rand(6, generator=gen, dtype=F64)
+    e = torch.randn(6, 2, generator=gen, dtype=F64)
     for k in (slice(0, 3), slice(3, 6)):
-        assert_close(grads["both"][k], score_distill_grad(prior, z[k], t[k], e[k], ParticleDenoiser(z[k])))
+        assert_close(
+            grads["both"][k], score_distill_grad(prior, z[k], t[k], e[k], ParticleDenoiser(z[k]))
+        )
 
 
 def test_evaluations():
     d = net()
     kw = dict(views=[{"label": 1}], steps=5)
-    for prior, method, q, rows in ((d, "sds", "exact", 1), (cfg(d, 3.), "sds", "exact", 2), (cfg(d, 3.), "vsd", "exact", 2)):
-        with count_evals(prior) as n: quiet(prior, randn(4, 2, dtype=torch.float32), method=method, q=q, **kw)
+    for prior, method, q, rows in (
+        (d, "sds", "exact", 1),
+        (cfg(d, 3.0), "sds", "exact", 2),
+        (cfg(d, 3.0), "vsd", "exact", 2),
+    ):
+        with count_evals(prior) as n:
+            quiet(prior, randn(4, 2, dtype=torch.float32), method=method, q=q, **kw)
         assert n.rows == 4 * rows * 5
 
 
 def test_views_take_turns_and_annealing_bounds_the_times():
     seen, sigmas = [], []
-    def render(p, view): seen.append(view); return p * (1 + view)
-    quiet(MixtureDenoiser(ring(), VP()), randn(50, 2), render, method="sds", views=3, steps=20, anneal_at=.5, t_max_late=.3, weight=lambda a, s: sigmas.append(s.max()) or s * s)
+
+    def render(p, view):
+        seen.append(view)
+        return p * (1 + view)
+
+    quiet(
+        MixtureDenoiser(ring(), VP()),
+        randn(50, 2),
+        render,
+        method="sds",
+        views=3,
+        steps=20,
+        anneal_at=0.5,
+        t_max_late=0.3,
+        weight=lambda a, s: sigmas.append(s.max()) or s * s,
+    )
     assert seen[1:7] == [0, 1, 2, 0, 1, 2]
-    assert max(sigmas[:10]) > VP().sigma(.8) and max(sigmas[10:]) < VP().sigma(.3)
+    assert max(sigmas[:10]) > VP().sigma(0.8) and max(sigmas[10:]) < VP().sigma(0.3)
 
 
 def test_cooldown_ends_at_a_small_step():
     last = []
-    quiet(MixtureDenoiser(ring(), VP()), randn(5, 2), method="sds", steps=40, cooldown=.5, callback=lambda i, p, g: last.append(p.clone()))
+    quiet(
+        MixtureDenoiser(ring(), VP()),
+        randn(5, 2),
+        method="sds",
+        steps=40,
+        cooldown=0.5,
+        callback=lambda i, p, g: last.append(p.clone()),
+    )
     steps = [float((b - a).abs().max()) for a, b in zip(last, last[1:])]
-    assert steps[-1] < .1 * max(steps[:15])
+    assert steps[-1] < 0.1 * max(steps[:15])
 
 
 def test_module_scenes_and_a_frozen_parameter():
     class Scene(nn.Module):
-        def __init__(self): super().__init__(); self.a = nn.Parameter(randn(4, 2)); self.b = nn.Parameter(torch.ones(4, 2, dtype=F64), requires_grad=False)
-    s = Scene(); a0 = s.a.detach().clone()
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Parameter(randn(4, 2))
+            self.b = nn.Parameter(torch.ones(4, 2, dtype=F64), requires_grad=False)
+
+    s = Scene()
+    a0 = s.a.detach().clone()
     assert quiet(MixtureDenoiser(ring(), VP()), s, lambda m, v: m.a * m.b, q="exact") is s
     assert (s.a - a0).abs().max() > 0 and torch.equal(s.b, torch.ones(4, 2, dtype=F64))
 
 
 def test_interrupted():
     def stop(i, p, grad):
-        if i == 3: raise KeyboardInterrupt
+        if i == 3:
+            raise KeyboardInterrupt
+
     z = randn(4, 2)
-    with pytest.warns(UserWarning, match="step 3 of 6"): out = quiet(MixtureDenoiser(ring(), VP()), z, method="sds", callback=stop)
-    assert_close(out, quiet(MixtureDenoiser(ring(), VP()), z, method="sds", steps=3, anneal_at=1.), rtol=0, atol=.05)
-    assert (out - z).abs().max() > .03
+    with pytest.warns(UserWarning, match="step 3 of 6"):
+        out = quiet(MixtureDenoiser(ring(), VP()), z, method="sds", callback=stop)
+    assert_close(
+        out,
+        quiet(MixtureDenoiser(ring(), VP()), z, method="sds", steps=3, anneal_at=1.0),
+        rtol=0,
+        atol=0.05,
+    )
+    assert (out - z).abs().max() > 0.03
 
 
 def test_works_inside_no_grad():
-    with torch.no_grad(): out = quiet(net(), randn(4, 2, dtype=torch.float32), views=[{"label": 0}])
+    with torch.no_grad():
+        out = quiet(net(), randn(4, 2, dtype=torch.float32), views=[{"label": 0}])
     assert out.isfinite().all()
 
 
 def test_right_shares_where_sds_has_not():
-    prior, z = MixtureDenoiser(GaussianMixture([[2., 2], [-2, 2], [-2, -2], [2, -2]], scales=.3, weights=[.4, .3, .2, .1]), VP()), 1.5 * randn(48, 2)
-    share = lambda x: torch.bincount(torch.cdist(x, prior.mixture.means).argmin(1), minlength=4) / len(x)
-    got = {m: share(quiet(prior, z, method=m, q="exact", steps=500, anneal_at=.5)) for m in ("sds", "vsd")}
-    tv = {m: .5 * (p - prior.mixture.weights).abs().sum() for m, p in got.items()}
-    assert (got["vsd"] > 0).all() and tv["vsd"] < .1 and tv["sds"] > .2  # 48 independent samples have about .09
+    prior, z = (
+        MixtureDenoiser(
+            GaussianMixture(
+                [[2.0, 2], [-2, 2], [-2, -2], [2, -2]], scales=0.3, weights=[0.4, 0.3, 0.2, 0.1]
+            ),
+            VP(),
+        ),
+        1.5 * randn(48, 2),
+    )
+    share = lambda x: (
+        torch.bincount(torch.cdist(x, prior.mixture.means).argmin(1), minlength=4) / len(x)
+    )
+    got = {
+        m: share(quiet(prior, z, method=m, q="exact", steps=500, anneal_at=0.5))
+        for m in ("sds", "vsd")
+    }
+    tv = {m: 0.5 * (p - prior.mixture.weights).abs().sum() for m, p in got.items()}
+    # 48 independent samples have about .09
+    assert (got["vsd"] > 0).all() and tv["vsd"] < 0.1 and tv["sds"] > 0.2
 
 
-# --- learned scores and scenes --------------------------------------------------------------------------------------
+# --- learned scores and scenes
+
 
 def test_lora_on_a_unet():
     d = NetDenoiser(UNet(width=8, levels=(1, 2), classes=3), VP(), "v", null={"label": 3})
     nn.init.normal_(next(m for m in reversed(list(d.modules())) if isinstance(m, nn.Conv2d)).weight)
-    low, x, y = lora(copy.deepcopy(d), 2, rng()), randn(3, 1, 8, 8, dtype=torch.float32), torch.arange(3)
-    assert_close(low(x, .5, label=y).eps, d(x, .5, label=y).eps)
+    low, x, y = (
+        lora(copy.deepcopy(d), 2, rng()),
+        randn(3, 1, 8, 8, dtype=torch.float32),
+        torch.arange(3),
+    )
+    assert_close(low(x, 0.5, label=y).eps, d(x, 0.5, label=y).eps)
     q = LearnedScore(low, lr=1e-2, steps=3, generator=rng())
     frozen = {k: p.clone() for k, p in low.named_parameters() if not p.requires_grad}
-    assert q.update(x, label=y) > 0 and (q(x, .5, label=y).eps - d(x, .5, label=y).eps).abs().max() > 1e-4
+    assert (
+        q.update(x, label=y) > 0
+        and (q(x, 0.5, label=y).eps - d(x, 0.5, label=y).eps).abs().max() > 1e-4
+    )
     assert all(torch.equal(dict(low.named_parameters())[k], v) for k, v in frozen.items())
     twin = copy.deepcopy(q)
-    assert_close(twin(x, .5, label=y).eps, q(x, .5, label=y).eps)
-    with pytest.raises(ValueError, match="already"): lora(low)
+    assert_close(twin(x, 0.5, label=y).eps, q(x, 0.5, label=y).eps)
+    with pytest.raises(ValueError, match="already"):
+        lora(low)
 
 
 def test_lora_update_has_the_rank():
@@ -229,15 +386,21 @@ def test_lora_update_has_the_rank():
 
 def test_learned_score_takes_a_plain_network():
     class Plain(nn.Module):
-        def __init__(self): super().__init__(); self.l = nn.Linear(3, 2)
-        def forward(self, x, t): return self.l(torch.cat([x, t[:, None]], 1))
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3, 2)
+
+        def forward(self, x, t):
+            return self.l(torch.cat([x, t[:, None]], 1))
+
     q = LearnedScore(Plain(), VP())
     assert isinstance(q.update(randn(4, 2, dtype=torch.float32)), float)
-    with pytest.raises(FloatingPointError, match="denoising loss"): q.update(torch.full((4, 2), torch.inf))
+    with pytest.raises(FloatingPointError, match="denoising loss"):
+        q.update(torch.full((4, 2), torch.inf))
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 4), st.floats(.01, 5), st.integers(0, 1000))
+@given(st.integers(1, 5), st.integers(1, 4), st.floats(0.01, 5), st.integers(0, 1000))
 def test_voxels(size, n, kappa, seed):
     s, z = VoxelScene(size, kappa), randn(n, size, size, size, seed=seed)
     for view in range(3):
@@ -245,64 +408,124 @@ def test_voxels(size, n, kappa, seed):
         assert x.shape == (n, 1, size, size) and (x.abs() <= 1).all()
         assert (s(z + 1, view) >= x).all()  # more matter, darker shadow
         assert_close(s(z.flip(1 + view), view), x)  # a shadow does not know what is in front
-    assert s.init(2, rng()).shape == (2, size, size, size) and ImageScene().init(2, (3, 4)).shape == (2, 3, 4)
+    assert s.init(2, rng()).shape == (2, size, size, size) and ImageScene().init(
+        2, (3, 4)
+    ).shape == (2, 3, 4)
 
 
-# --- bad input ------------------------------------------------------------------------------------------------------
+# --- bad input
 
 MIX = MixtureDenoiser(ring(), VP())
 
 
-@pytest.mark.parametrize("kwargs,error,says", [
-    (dict(method="ism"), ValueError, "'ism'"), (dict(steps=0), ValueError, "steps"), (dict(steps=2.), ValueError, "steps"), (dict(t_range=(0., .9)), ValueError, "t_range"), (dict(t_range=(.5, 1.)), ValueError, "t_range"),
-    (dict(t_range=(.9, .2)), ValueError, "t_range"), (dict(t_max_late=1.), ValueError, "t_max_late"), (dict(anneal_at=2.), ValueError, "anneal_at"), (dict(cooldown=-1.), ValueError, "cooldown"), (dict(lr=0.), ValueError, "lr"),
-    (dict(q="exat"), ValueError, "'exat'"), (dict(q=None), ValueError, "None"), (dict(q="learned"), ValueError, "copies the prior's network"), (dict(views=0), ValueError, "at least one"), (dict(views=[3]), TypeError, "dict"),
-    (dict(views=2, q_views=[{}]), ValueError, "same views"), (dict(views=[{"label": torch.arange(3)}]), ValueError, r"\(4\), got shape \(3,\)"), (dict(group=[0, 1]), ValueError, "group"), (dict(warmup=3), ValueError, "warmup"),
-    (dict(weight="sigma"), ValueError, "'sigma'"), (dict(q=MixtureDenoiser(ring(), VE())), ValueError, "one process")])
+@pytest.mark.parametrize(
+    "kwargs,error,says",
+    [
+        (dict(method="ism"), ValueError, "'ism'"),
+        (dict(steps=0), ValueError, "steps"),
+        (dict(steps=2.0), ValueError, "steps"),
+        (dict(t_range=(0.0, 0.9)), ValueError, "t_range"),
+        (dict(t_range=(0.5, 1.0)), ValueError, "t_range"),
+        (dict(t_range=(0.9, 0.2)), ValueError, "t_range"),
+        (dict(t_max_late=1.0), ValueError, "t_max_late"),
+        (dict(anneal_at=2.0), ValueError, "anneal_at"),
+        (dict(cooldown=-1.0), ValueError, "cooldown"),
+        (dict(lr=0.0), ValueError, "lr"),
+        (dict(q="exat"), ValueError, "'exat'"),
+        (dict(q=None), ValueError, "None"),
+        (dict(q="learned"), ValueError, "copies the prior's network"),
+        (dict(views=0), ValueError, "at least one"),
+        (dict(views=[3]), TypeError, "dict"),
+        (dict(views=2, q_views=[{}]), ValueError, "same views"),
+        (dict(views=[{"label": torch.arange(3)}]), ValueError, r"\(4\), got shape \(3,\)"),
+        (dict(group=[0, 1]), ValueError, "group"),
+        (dict(warmup=3), ValueError, "warmup"),
+        (dict(weight="sigma"), ValueError, "'sigma'"),
+        (dict(q=MixtureDenoiser(ring(), VE())), ValueError, "one process"),
+    ],
+)
 def test_bad_settings(kwargs, error, says):
-    with pytest.raises(error, match=says): quiet(MIX, randn(4, 2), **{"q": "exact", **kwargs})
+    with pytest.raises(error, match=says):
+        quiet(MIX, randn(4, 2), **{"q": "exact", **kwargs})
 
 
 def test_bad_particles_and_renderers():
-    with pytest.raises(TypeError, match="NetDenoiser"): quiet(nn.Linear(2, 2), randn(4, 2))
-    with pytest.raises(TypeError, match="floating-point"): quiet(MIX, torch.zeros(4, 2, dtype=torch.long), q="exact")
-    with pytest.raises(TypeError, match="list"): quiet(MIX, [[1., 2.]], q="exact")
-    with pytest.raises(ValueError, match="no parameter"): quiet(MIX, nn.ReLU(), lambda m, v: randn(2, 2), q="exact")
-    with pytest.raises(ValueError, match="one picture a particle"): quiet(MIX, randn(0, 2), q="exact")
-    with pytest.raises(ValueError, match="4 particles"): quiet(MIX, randn(4, 2), lambda p, v: p[:2], q="exact")
-    with pytest.raises(ValueError, match="one picture a particle"): quiet(MIX, randn(4, 2), lambda p, v: p.sum(1), q="exact")
-    with pytest.raises(ValueError, match="no gradient"): quiet(MIX, randn(4, 2), lambda p, v: p.detach(), q="exact")
-    with pytest.raises(ValueError, match=r"\(4, 3\)"): quiet(MIX, randn(4, 3), q="exact")
-    with pytest.raises(ValueError, match=r"float64"): quiet(net(), randn(4, 2), q="exact")
-    with pytest.raises(ValueError, match="label"): quiet(cfg(net(), 7.5), randn(4, 2, dtype=torch.float32))
-    quiet(cfg(net(), 1.), randn(4, 2, dtype=torch.float32), steps=1)  # at scale 1 nothing is guided
+    with pytest.raises(TypeError, match="NetDenoiser"):
+        quiet(nn.Linear(2, 2), randn(4, 2))
+    with pytest.raises(TypeError, match="floating-point"):
+        quiet(MIX, torch.zeros(4, 2, dtype=torch.long), q="exact")
+    with pytest.raises(TypeError, match="list"):
+        quiet(MIX, [[1.0, 2.0]], q="exact")
+    with pytest.raises(ValueError, match="no parameter"):
+        quiet(MIX, nn.ReLU(), lambda m, v: randn(2, 2), q="exact")
+    with pytest.raises(ValueError, match="one picture a particle"):
+        quiet(MIX, randn(0, 2), q="exact")
+    with pytest.raises(ValueError, match="4 particles"):
+        quiet(MIX, randn(4, 2), lambda p, v: p[:2], q="exact")
+    with pytest.raises(ValueError, match="one picture a particle"):
+        quiet(MIX, randn(4, 2), lambda p, v: p.sum(1), q="exact")
+    with pytest.raises(ValueError, match="no gradient"):
+        quiet(MIX, randn(4, 2), lambda p, v: p.detach(), q="exact")
+    with pytest.raises(ValueError, match=r"\(4, 3\)"):
+        quiet(MIX, randn(4, 3), q="exact")
+    with pytest.raises(ValueError, match=r"float64"):
+        quiet(net(), randn(4, 2), q="exact")
+    with pytest.raises(ValueError, match="label"):
+        quiet(cfg(net(), 7.5), randn(4, 2, dtype=torch.float32))
+    quiet(
+        cfg(net(), 1.0), randn(4, 2, dtype=torch.float32), steps=1
+    )  # at scale 1 nothing is guided
     for group in (None, [0, 0, 1]):
-        with pytest.warns(UserWarning, match="is SDS"): quiet(MIX, randn(3 if group else 1, 2), q="exact", group=group, steps=1)
+        with pytest.warns(UserWarning, match="is SDS"):
+            quiet(MIX, randn(3 if group else 1, 2), q="exact", group=group, steps=1)
 
 
 def test_not_finite_says_when():
     class Hole(MixtureDenoiser):
-        def forward(self, x, t, label=None): return Prediction.of(x, t, self.process, x0=torch.where(t[:, None] > .5, torch.nan, x))
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d+, view 0, t=0\.[5-9]\d*; its picture is finite"): quiet(Hole(ring()), randn(4, 2), method="sds", steps=50, anneal_at=1.)
-    with pytest.raises(FloatingPointError, match="not finite, either"): quiet(MIX, randn(4, 2), lambda p, v: p / 0., method="sds")
+        def forward(self, x, t, label=None):
+            return Prediction.of(x, t, self.process, x0=torch.where(t[:, None] > 0.5, torch.nan, x))
+
+    with pytest.raises(
+        FloatingPointError,
+        match=r"not finite at step \d+, view 0, t=0\.[5-9]\d*; its picture is finite",
+    ):
+        quiet(Hole(ring()), randn(4, 2), method="sds", steps=50, anneal_at=1.0)
+    with pytest.raises(FloatingPointError, match="not finite, either"):
+        quiet(MIX, randn(4, 2), lambda p, v: p / 0.0, method="sds")
 
 
 def test_bad_gradients_and_scores():
     class Heavy(Process):
         gaussian = False
+
     x = randn(3, 2)
-    with pytest.raises(ValueError, match="Gaussian kernel"): score_distill_grad(NetDenoiser(lambda x, t: x, Heavy()), x, .5, x)
-    with pytest.raises(ValueError, match="one process"): score_distill_grad(MIX, x, .5, x, ParticleDenoiser(x, Flow()))
-    with pytest.raises(TypeError, match="q must be"): score_distill_grad(MIX, x, .5, x, x)
-    with pytest.raises(ValueError, match="eps"): score_distill_grad(MIX, x, .5, x[:2])
-    with pytest.raises(ValueError, match=r"\[0, 1\]"): score_distill_grad(MIX, x, 1.5, x)
-    with pytest.raises(ValueError, match="one shape"): distill_loss(x, x[:2])
-    with pytest.raises(ValueError, match="rank"): lora(nn.Linear(2, 2), 0)
-    with pytest.raises(ValueError, match="no linear"): lora(nn.ReLU())
-    with pytest.raises(ValueError, match="requires a gradient"): LearnedScore(nn.ReLU(), VP())
-    with pytest.raises(TypeError, match="no loss"): LearnedScore(MIX)
-    with pytest.raises(TypeError, match="process"): LearnedScore(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="steps"): LearnedScore(net(), steps=0)
-    with pytest.raises(ValueError, match="size"): VoxelScene(0)
-    with pytest.raises(ValueError, match="axis"): VoxelScene(2)(randn(1, 2, 2, 2), 3)
-    with pytest.raises(ValueError, match="particles"): VoxelScene(2)(randn(1, 2, 2, 3))
+    with pytest.raises(ValueError, match="Gaussian kernel"):
+        score_distill_grad(NetDenoiser(lambda x, t: x, Heavy()), x, 0.5, x)
+    with pytest.raises(ValueError, match="one process"):
+        score_distill_grad(MIX, x, 0.5, x, ParticleDenoiser(x, Flow()))
+    with pytest.raises(TypeError, match="q must be"):
+        score_distill_grad(MIX, x, 0.5, x, x)
+    with pytest.raises(ValueError, match="eps"):
+        score_distill_grad(MIX, x, 0.5, x[:2])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        score_distill_grad(MIX, x, 1.5, x)
+    with pytest.raises(ValueError, match="one shape"):
+        distill_loss(x, x[:2])
+    with pytest.raises(ValueError, match="rank"):
+        lora(nn.Linear(2, 2), 0)
+    with pytest.raises(ValueError, match="no linear"):
+        lora(nn.ReLU())
+    with pytest.raises(ValueError, match="requires a gradient"):
+        LearnedScore(nn.ReLU(), VP())
+    with pytest.raises(TypeError, match="no loss"):
+        LearnedScore(MIX)
+    with pytest.raises(TypeError, match="process"):
+        LearnedScore(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="steps"):
+        LearnedScore(net(), steps=0)
+    with pytest.raises(ValueError, match="size"):
+        VoxelScene(0)
+    with pytest.raises(ValueError, match="axis"):
+        VoxelScene(2)(randn(1, 2, 2, 2), 3)
+    with pytest.raises(ValueError, match="particles"):
+        VoxelScene(2)(randn(1, 2, 2, 3))

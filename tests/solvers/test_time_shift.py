@@ -1,4 +1,6 @@
-"""Time shift: every process and several inner solvers, saved configurations, the pipeline's door, the paper's rule on its own list of times, and wrong input."""
+"""Time shift: every process and several inner solvers, saved configurations, the pipeline's
+door, the paper's rule on its own list of times, and wrong input."""
+
 import warnings
 
 import pytest
@@ -14,7 +16,9 @@ from diffkit.solvers.pndm import PLMS, PNDM
 from diffkit.solvers.time_shift import TimeShift, coupled_time, epsilon_scale, variance_profile
 
 G = torch.Generator().manual_seed(0)
-MIX = GaussianMixture(.6 * torch.randn(4, 48, generator=G, dtype=torch.float64), scales=.2, labels=[0, 0, 1, 1])
+MIX = GaussianMixture(
+    0.6 * torch.randn(4, 48, generator=G, dtype=torch.float64), scales=0.2, labels=[0, 0, 1, 1]
+)
 X = torch.randn(10, 48, generator=G, dtype=torch.float64)
 NOISE = torch.randn(9, 10, 48, generator=G, dtype=torch.float64)
 PROCESSES = [VP(), Cosine(), Discrete(), VE(), EDM(), Flow()]
@@ -22,57 +26,106 @@ PROCESSES = [VP(), Cosine(), Discrete(), VE(), EDM(), Flow()]
 
 def run(d, solver, steps=9, x=X, **kw):
     p = d.process
-    return sample(d, solver, x * p.sigma(p.t_max), time_grid(p, steps, "uniform", p.t_max, max(p.t_min, 1e-3)), progress=False, generator=torch.Generator().manual_seed(0), **kw)
+    return sample(
+        d,
+        solver,
+        x * p.sigma(p.t_max),
+        time_grid(p, steps, "uniform", p.t_max, max(p.t_min, 1e-3)),
+        progress=False,
+        generator=torch.Generator().manual_seed(0),
+        **kw,
+    )
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=repr)
 @pytest.mark.parametrize("mode", ["paper", "network", "official"])
-@pytest.mark.parametrize("inner", [DDIM, lambda: Ancestral(noise=NOISE), Heun, lambda: DPMSolverPP(3), lambda: DPMSingle(2), lambda: PLMS(4), lambda: PNDM(4)], ids=["DDIM", "Ancestral", "Heun", "3M", "2S", "PLMS4", "F-PNDM"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        DDIM,
+        lambda: Ancestral(noise=NOISE),
+        Heun,
+        lambda: DPMSolverPP(3),
+        lambda: DPMSingle(2),
+        lambda: PLMS(4),
+        lambda: PNDM(4),
+    ],
+    ids=["DDIM", "Ancestral", "Heun", "3M", "2S", "PLMS4", "F-PNDM"],
+)
 def test_every_process_mode_and_inner_solver(process, mode, inner):
     d = MixtureDenoiser(MIX, process)
-    kw = dict(mode=mode, window=.2, cutoff=.1, data_var=.3 if mode == "official" else None)
+    kw = dict(mode=mode, window=0.2, cutoff=0.1, data_var=0.3 if mode == "official" else None)
     s = TimeShift(inner(), **kw)
     out = run(d, s)
     assert torch.isfinite(out).all() and s.shifts.shape == (9, 10) and s.shifts.abs().max() > 0
-    assert (run(d, TimeShift(inner(), **kw), x=X.float()).double() - out).abs().max() < 5e-3 * (1 + out.abs().max())  # float32, through a rule that divides by differences of times
-    assert torch.equal(run(d, TimeShift(inner(), **{**kw, "cutoff": 1.})), run(d, inner()))
+    # float32, through a rule that divides by differences of times
+    assert (run(d, TimeShift(inner(), **kw), x=X.float()).double() - out).abs().max() < 5e-3 * (
+        1 + out.abs().max()
+    )
+    assert torch.equal(run(d, TimeShift(inner(), **{**kw, "cutoff": 1.0})), run(d, inner()))
 
 
 def test_neighbours_and_order_do_not_matter_under_guidance():
-    d, y = cfg(MixtureDenoiser(MIX, VP()), 2.), torch.arange(10) % 2
+    d, y = cfg(MixtureDenoiser(MIX, VP()), 2.0), torch.arange(10) % 2
     out = run(d, TimeShift(DPMSolverPP(2)), cond={"label": y})
-    torch.testing.assert_close(run(d, TimeShift(DPMSolverPP(2)), x=X[2:5], cond={"label": y[2:5]}), out[2:5])
-    both, flip = (run(d, TimeShift(reduce="batch"), x=x, cond={"label": v}) for x, v in ((X, y), (X.flip(0), y.flip(0))))
+    torch.testing.assert_close(
+        run(d, TimeShift(DPMSolverPP(2)), x=X[2:5], cond={"label": y[2:5]}), out[2:5]
+    )
+    both, flip = (
+        run(d, TimeShift(reduce="batch"), x=x, cond={"label": v})
+        for x, v in ((X, y), (X.flip(0), y.flip(0)))
+    )
     torch.testing.assert_close(flip, both.flip(0))
 
 
 def test_the_rule_is_the_papers_on_a_list_of_1000_times():
     "The paper's loop: argmin of |sigma^2 - v| over whole training steps in the window."
     p, w = Discrete(), 40
-    var = 1 - torch.cumprod(1 - torch.linspace(1e-4, .02, 1000, dtype=torch.float64), 0)
+    var = 1 - torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
     for t in (350, 500, 700):
-        ours = 1000 * coupled_time(X * .9, (t + 1) / 1000, p, w / 1000) - 1
-        for x, u in zip(X * .9, ours):
-            paper = t - w // 2 + (var[t - w // 2:t + w // 2 + 1] - x.var()).abs().argmin()
+        ours = 1000 * coupled_time(X * 0.9, (t + 1) / 1000, p, w / 1000) - 1
+        for x, u in zip(X * 0.9, ours):
+            paper = t - w // 2 + (var[t - w // 2 : t + w // 2 + 1] - x.var()).abs().argmin()
             assert abs(u - paper) <= 1
 
 
 def test_a_saved_configuration_brings_the_solver_back():
-    for s in (TimeShift(), TimeShift(DPMSolverPP(2), window=.1, cutoff=.5, mode="network", data_var="predicted", reduce="batch"), TimeShift(TimeShift(PLMS(2)))):
+    for s in (
+        TimeShift(),
+        TimeShift(
+            DPMSolverPP(2),
+            window=0.1,
+            cutoff=0.5,
+            mode="network",
+            data_var="predicted",
+            reduce="batch",
+        ),
+        TimeShift(TimeShift(PLMS(2))),
+    ):
         assert repr(_from_config(s.config())) == repr(s)
 
 
 def test_a_pipeline_that_asks_for_the_coupled_time():
-    "A pipeline's own loop, with the network told another time, is mode='network' with one time for all."
+    """A pipeline's own loop, with the network told another time, is mode='network' with one
+    time for all."""
     pytest.importorskip("diffusers")
-    sch = DiffusersScheduler(DPMSolverPP(2), beta_schedule="linear", beta_start=1e-4, beta_end=.02)
+    sch = DiffusersScheduler(DPMSolverPP(2), beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+
     class Eps(MixtureDenoiser):
-        def forward(self, x, t, label=None): return Prediction.of(x, t, self.process, eps=super().forward(x, t, label).eps)
-    d, w, cut = Eps(MIX, sch.process), .04, .3
+        def forward(self, x, t, label=None):
+            return Prediction.of(x, t, self.process, eps=super().forward(x, t, label).eps)
+
+    d, w, cut = Eps(MIX, sch.process), 0.04, 0.3
     sch.set_timesteps(10)
-    want = sample(d, TimeShift(sch.solver, window=w, cutoff=cut, mode="network", reduce="batch"), X, sch.grid, progress=False)
+    want = sample(
+        d,
+        TimeShift(sch.solver, window=w, cutoff=cut, mode="network", reduce="batch"),
+        X,
+        sch.grid,
+        progress=False,
+    )
     sch.set_timesteps(10)
-    y, told, times = X, 1., sch.grid.tolist()
+    y, told, times = X, 1.0, sch.grid.tolist()
     for i, t in enumerate(sch.timesteps):
         y = sch.step(d(y, told).eps, t, y).prev_sample
         s = times[i + 1]
@@ -81,37 +134,70 @@ def test_a_pipeline_that_asks_for_the_coupled_time():
 
 
 def test_few_dimensions():
-    d = MixtureDenoiser(GaussianMixture(torch.eye(2, dtype=torch.float64), scales=.2), VP())
+    d = MixtureDenoiser(GaussianMixture(torch.eye(2, dtype=torch.float64), scales=0.2), VP())
     x = X[:, :2]
-    with pytest.warns(UserWarning, match="reduce='batch'"): run(d, TimeShift(reduce="sample"), x=x)
+    with pytest.warns(UserWarning, match="reduce='batch'"):
+        run(d, TimeShift(reduce="sample"), x=x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         s = TimeShift()
         run(d, s, x=x)
     assert (s.shifts == s.shifts[:, :1]).all()
-    with pytest.raises(ValueError, match="at least 2"): run(MixtureDenoiser(GaussianMixture(torch.zeros(1, 1), scales=.2), VP()), TimeShift(), x=x[:, :1])
+    with pytest.raises(ValueError, match="at least 2"):
+        run(
+            MixtureDenoiser(GaussianMixture(torch.zeros(1, 1), scales=0.2), VP()),
+            TimeShift(),
+            x=x[:, :1],
+        )
 
 
 def test_the_profile_of_an_exact_sampler_is_flat():
-    "Many steps with the exact denoiser: the states have the variance of noised data, within the error of 400 samples of 48 values."
+    """Many steps with the exact denoiser: the states have the variance of noised data, within
+    the error of 400 samples of 48 values."""
     g = torch.Generator().manual_seed(1)
     clean = MIX.sample(4000, g)[0].double()
     x, p = torch.randn(400, 48, generator=g, dtype=torch.float64), VP()
-    forward, got = variance_profile(MixtureDenoiser(MIX, p), DPMSolverPP(2), x, time_grid(p, 40), clean)
-    assert ((got / forward - 1).abs() < 4 * (2 / 48 / 400)**.5 + .02).all()
+    forward, got = variance_profile(
+        MixtureDenoiser(MIX, p), DPMSolverPP(2), x, time_grid(p, 40), clean
+    )
+    assert ((got / forward - 1).abs() < 4 * (2 / 48 / 400) ** 0.5 + 0.02).all()
 
 
 def test_epsilon_scale_is_the_division_of_the_noise():
     for p in PROCESSES:
         d = MixtureDenoiser(MIX, p)
-        torch.testing.assert_close(epsilon_scale(d, .01)(X, .4).eps, d(X, .4).eps / 1.01)
-    assert epsilon_scale(MixtureDenoiser(MIX, VP()), .01)(X.float(), torch.full((10,), .4)).x0.dtype == torch.float32
+        torch.testing.assert_close(epsilon_scale(d, 0.01)(X, 0.4).eps, d(X, 0.4).eps / 1.01)
+    assert (
+        epsilon_scale(MixtureDenoiser(MIX, VP()), 0.01)(X.float(), torch.full((10,), 0.4)).x0.dtype
+        == torch.float32
+    )
 
 
-@pytest.mark.parametrize("make,error,says", [
-    (lambda: TimeShift("ddim"), TypeError, "'ddim'"), (lambda: TimeShift(window=-1), ValueError, "got -1"), (lambda: TimeShift(cutoff=1.2), ValueError, "got 1.2"), (lambda: TimeShift(mode="x"), ValueError, "'x'"),
-    (lambda: TimeShift(reduce="all"), ValueError, "'all'"), (lambda: TimeShift(data_var=-.1), ValueError, "got -0.1"), (lambda: TimeShift(mode="official", data_var="predicted"), ValueError, "must be a number"),
-    (lambda: run(MixtureDenoiser(MIX, EDM()), TimeShift(data_var=0.)), ValueError, "needs data_var"), (lambda: run(MixtureDenoiser(MIX, Flow()), TimeShift(mode="official")), ValueError, "needs data_var"),
-    (lambda: coupled_time(X, -.1, VP()), ValueError, "got -0.1"), (lambda: coupled_time(X, .5, VP(), window=-.1), ValueError, "got -0.1"), (lambda: epsilon_scale(MixtureDenoiser(MIX, VP()), -2.), ValueError, "got -2.0")])
+@pytest.mark.parametrize(
+    "make,error,says",
+    [
+        (lambda: TimeShift("ddim"), TypeError, "'ddim'"),
+        (lambda: TimeShift(window=-1), ValueError, "got -1"),
+        (lambda: TimeShift(cutoff=1.2), ValueError, "got 1.2"),
+        (lambda: TimeShift(mode="x"), ValueError, "'x'"),
+        (lambda: TimeShift(reduce="all"), ValueError, "'all'"),
+        (lambda: TimeShift(data_var=-0.1), ValueError, "got -0.1"),
+        (lambda: TimeShift(mode="official", data_var="predicted"), ValueError, "must be a number"),
+        (
+            lambda: run(MixtureDenoiser(MIX, EDM()), TimeShift(data_var=0.0)),
+            ValueError,
+            "needs data_var",
+        ),
+        (
+            lambda: run(MixtureDenoiser(MIX, Flow()), TimeShift(mode="official")),
+            ValueError,
+            "needs data_var",
+        ),
+        (lambda: coupled_time(X, -0.1, VP()), ValueError, "got -0.1"),
+        (lambda: coupled_time(X, 0.5, VP(), window=-0.1), ValueError, "got -0.1"),
+        (lambda: epsilon_scale(MixtureDenoiser(MIX, VP()), -2.0), ValueError, "got -2.0"),
+    ],
+)
 def test_bad_input(make, error, says):
-    with pytest.raises(error, match=says): make()
+    with pytest.raises(error, match=says):
+        make()

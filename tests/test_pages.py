@@ -1,0 +1,140 @@
+"""What a page must be for its reader: tests and plumbing folded behind a sentence, figures with a
+number and words, no measured number typed by hand, and no longer than one sitting."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = {p.stem: p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if "check" not in str(p)}
+TODO = set((ROOT / "tests" / "page_todo.txt").read_text().split())  # not yet in this form
+PAPERS = [s for s in NOTEBOOKS if re.match(r"[1-9]\d\d_", s) and s[1:3] not in ("00", "99")]
+WALL = 20  # lines of a cell that may stand open between the text and its figure
+EXPORT = 110  # lines of an exported cell: two screens
+WORDS = 5500  # of the main line: what is open on the page
+
+# numbers in a text that no output shows: settings of a paper, constants, dates
+ALLOWED = {"*": {"10", "100", "1000", "1,000"}}
+
+
+class Page:
+    "A notebook as its reader meets it."
+
+    def __init__(self, stem):
+        self.stem, self.cells = stem, json.loads(NOTEBOOKS[stem].read_text())["cells"]
+
+    def source(self, cell):
+        return "".join(cell["source"])
+
+    def kind(self, cell):  # text, export, hidden, folded or open
+        if cell["cell_type"] != "code":
+            return "text"
+        src = self.source(cell)
+        if re.search(r"^#\|\s*(export|exporti|exports|default_exp)\b", src, re.M):
+            return "export"
+        if re.search(r"^#\|\s*(hide|include: false)\b", src, re.M):
+            return "hidden"
+        return "folded" if re.search(r"^#\| code-fold: true$", src, re.M) else "open"
+
+    def lines(self, cell):
+        return [x for x in self.source(cell).split("\n") if x.strip() and not x.startswith("#|")]
+
+    def outputs(self, kinds=("text/html", "text/markdown", "text/plain")):
+        for c in self.cells:
+            for o in c.get("outputs", []):
+                data = o.get("data", {})
+                yield from ("".join(data[k]) for k in kinds if k in data)
+                if "text" in o and kinds != ("text/html",):
+                    yield "".join(o["text"])
+
+    def prose(self, start=0):  # the main line's text: nothing folded, no appendix
+        text = "\n\n".join(self.source(c) for c in self.cells[start:] if self.kind(c) == "text")
+        text = re.split(r"^#+ Appendix", text, flags=re.M)[0]
+        return re.sub(r"<details>.*?</details>", " ", text, flags=re.S)
+
+
+@pytest.fixture(params=sorted(NOTEBOOKS))
+def page(request):
+    if request.param in TODO:
+        pytest.xfail("this page is not yet in the new form")
+    return Page(request.param)
+
+
+def test_only_known_notebooks_are_left_to_do():
+    assert TODO <= NOTEBOOKS.keys()
+
+
+def test_what_is_long_is_folded_behind_a_sentence(page):
+    for c in page.cells:
+        n, first = len(page.lines(c)), page.source(c)[:80]
+        if page.kind(c) == "open":
+            assert n <= WALL, f"an open cell of {n} lines: {first}"
+        if page.kind(c) == "export":
+            assert n <= EXPORT, f"an exported cell of {n} lines, with no word between: {first}"
+        if page.kind(c) == "folded":
+            said = re.search(r'^#\| code-summary: "(.+)"$', page.source(c), re.M)
+            assert said and len(said[1].split()) > 2, f"folded without a sentence: {first}"
+
+
+def test_figures_have_numbers_captions_and_texts(page):
+    assert not any(
+        "image/png" in o.get("data", {}) for c in page.cells for o in c.get("outputs", [])
+    )
+    html = "\n".join(page.outputs(("text/html",)))
+    for img in re.findall(r"<img\b[^>]*>", html):
+        alt = re.search(r'\balt="([^"]*)"', img)
+        assert alt and len(alt[1].split()) > 2, img[:40]
+    numbers = [int(n) for n in re.findall(r"<figcaption[^>]*><b>Figure (\d+)\.</b> \w", html)]
+    assert numbers == list(range(1, len(numbers) + 1))
+    named = [int(n) for n in re.findall(r"\b[Ff]igures? (\d+)", page.prose())]
+    paper = [int(n) for n in re.findall(r"(?:paper's|their) [Ff]igures? (\d+)", page.prose())]
+    assert all(n in numbers or n in paper for n in named), (
+        "the text names a figure that is not there"
+    )
+
+
+def test_measured_numbers_are_not_typed(page):
+    if page.stem not in PAPERS and page.stem[1:3] != "99":
+        return
+    text = page.prose(len(page.cells) // 3)
+    text = re.sub(r"^## What the paper reports.*?(?=^## |\Z)", " ", text, flags=re.S | re.M)
+    text = re.sub(r"^\*\*(References|Exercises).*?(?=^## |\Z)", " ", text, flags=re.S | re.M)
+    text = re.sub(r"\$[^$]*\$|`[^`]*`|\]\([^)]*\)|arXiv:? ?[\d.]+|\b(19|20)\d\d\b", " ", text)
+    shown = " ".join(page.source(c) for c in page.cells if c["cell_type"] == "code")
+    shown += " ".join(page.outputs())
+    shown = re.sub(r"base64,[A-Za-z0-9+/=]+", " ", shown)
+    known = {s[:3] for s in NOTEBOOKS} | ALLOWED["*"] | ALLOWED.get(page.stem, set())
+    found = re.findall(r"(?<![\w.])\d*\.\d+|(?<![\w.])\d{2,}(?!\w)", text)
+    typed = {n for n in found if n not in known and n not in shown and n.lstrip("0") not in shown}
+    assert not typed, f"numbers in the text that no output and no code shows: {sorted(typed)}"
+
+
+def test_the_main_line_is_one_sitting(page):
+    code = " ".join(page.source(c) for c in page.cells if page.kind(c) == "open")
+    words = len(page.prose().split()) + len(code.split())
+    assert words <= WORDS, f"{words} words in the main line: fold or move to an appendix"
+
+
+def test_a_paper_is_introduced(page):
+    if page.stem not in PAPERS:
+        return
+    code = [page.source(c) for c in page.cells if c["cell_type"] == "code"]
+    assert any("paper_box(" in s for s in code), "no paper box"
+    assert re.search(r"^## What the paper reports$", page.prose(), re.M)
+    assert "notation.ipynb" in page.prose(), "no link to the page of notation and terms"
+
+
+@pytest.mark.parametrize("stem", sorted(TODO))
+def test_what_is_left_to_do_is_really_left(stem):
+    page, checks = (
+        Page(stem),
+        [f for n, f in globals().items() if n.startswith("test_") and "_left" not in n],
+    )
+    for check in checks:
+        try:
+            check(page)
+        except AssertionError:
+            return
+    raise AssertionError(f"{stem} is in the new form: take it off tests/page_todo.txt")
