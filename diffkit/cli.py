@@ -105,7 +105,9 @@ COMMANDS = {
 }
 
 
-def main(argv: list = None) -> None:  # arguments; default: those of the process
+def main(
+    argv: list = None,  # arguments; default: those of the process
+) -> None:
     "The command `diffkit`."
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv[:1] == ["--version"]:

@@ -95,23 +95,21 @@ def colide(
     threshold: float = 0.3,  # weights up to this are removed at the end
     s=(1.0, 0.9, 0.8, 0.7),
     mu=(1.0, 0.1, 0.01, 0.001),  # domain and weight of the score in each stage
-    # the paper's schedule; pass **FAST for 12 times fewer steps
     iters=PAPER["iters"],
     lr: float = PAPER["lr"],
-    decay: bool = False,
-    # a stage stops when the objective changes by less than tol between checkpoints
+    decay: bool = False,  # the paper's schedule; pass **FAST for 12 times fewer steps
     tol: float = 1e-6,
+    # a stage stops when the objective changes by less than tol between checkpoints
     checkpoint: int = 1000,
     init: torch.Tensor | None = None,  # (..., d, d) start, e.g. another method's estimate
     # (d, d) mask of background knowledge: 0 forbids an edge; None forbids self-loops only
     allowed: torch.Tensor | None = None,
-    # divide by the geometric mean of the columns' s.d.: the answer no longer depends on a
-    # common unit
+    # divide by the geometric mean of the columns' s.d.: the answer no longer depends on a common
+    # unit
     normalize: bool = False,
     names: list[str] | None = None,  # of the columns; a DataFrame brings its own
-    # callback(stage, iteration, W) at every checkpoint
     progress: bool = False,
-    callback: Callable | None = None,
+    callback: Callable | None = None,  # callback(stage, iteration, W) at every checkpoint
 ) -> DagFit:
     """Estimates a linear DAG and its noise scales together. Source: Saboksayr et al. 2024,
     Algorithm 1."""
@@ -137,7 +135,9 @@ def colide(
         else torch.ones_like(C[..., :1, :1])
     )
 
-    def rule(c):  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
+    def rule(
+        c,  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
+    ):
         xp = torch if torch.is_tensor(c) else np
         sd = xp.sqrt(c.diagonal(0, 1, 2))
         least = xp.amin(sd, 1)[:, None]

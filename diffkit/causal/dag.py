@@ -345,8 +345,8 @@ def h_poly(
 
 
 def h_logdet(
-    W: torch.Tensor,
-    s: float = 1.0,  # (..., d, d)  # the domain is spectral radius(W o W) < s
+    W: torch.Tensor,  # (..., d, d)
+    s: float = 1.0,  # the domain is spectral radius(W o W) < s
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (...), inf outside the domain; (..., d, d), nan there
     "$d log s - log det(sI - W o W)$ and its gradient. Source: Bello et al. 2022 (DAGMA)."
     _number("s", s, positive=True)
@@ -367,8 +367,8 @@ def h_logdet(
 
 # %% ../../nbs/causal/600_dag.ipynb #4bd7555d
 def scores(
-    B_true: torch.Tensor,
-    B_est: torch.Tensor,  # (..., d, d) 0/1  # (..., d, d) 0/1, cycles allowed
+    B_true: torch.Tensor,  # (..., d, d) 0/1
+    B_est: torch.Tensor,  # (..., d, d) 0/1, cycles allowed
 ) -> dict:  # shd, fdr, tpr, fpr, nnz, reversed, missing, extra: floats, or arrays for a batch
     "Edge errors of an estimated graph; a reversed edge counts once."
     t, e = _binary(B_true, "B_true"), _binary(B_est, "B_est")
@@ -551,8 +551,8 @@ def _cholesky(C, order):
 
 
 def fit_given_order(
-    C: torch.Tensor,
-    order: list[int],  # (..., d, d) covariance  # causes first
+    C: torch.Tensor,  # (..., d, d) covariance
+    order: list[int],  # causes first
 ) -> torch.Tensor:  # (..., d, d) least-squares weights of every node on all earlier ones
     "All regressions along an order through one Cholesky factorisation."
     L, o = _cholesky(C, order)
@@ -579,9 +579,8 @@ def lasso_given_order(
     C: torch.Tensor,  # (d, d) covariance
     order: list[int],  # causes first
     lam: float = 0.05,  # weight of the l1 norm
-    # coordinate descent stops when no weight moves by more than tol
     sweeps: int = 2000,
-    tol: float = 1e-6,
+    tol: float = 1e-6,  # coordinate descent stops when no weight moves by more than tol
 ) -> torch.Tensor:  # (d, d) weights
     """Minimises `tr(E^T C E)/2 + lam |W|_1` along an order by coordinate descent, all nodes
     side by side."""
@@ -746,8 +745,8 @@ def plot_dag(
     W: torch.Tensor,  # (d, d) DAG
     names: list[str] | None = None,
     ax=None,
-    truth: torch.Tensor | None = None,
-):  # truth: (d, d) graph to compare with
+    truth: torch.Tensor | None = None,  # (d, d) graph to compare with
+):
     """Draws a DAG in topological layers. Right edges solid, reversed dashed, extra dash-dotted,
     missing dotted."""
     import matplotlib.pyplot as plt
@@ -867,14 +866,12 @@ def sort_n_regress(
 def notears(
     C: torch.Tensor,  # (d, d) covariance
     lam: float = 0.1,  # l1 weight; the paper's choice
-    # acyclicity function: "poly", or "exp" as in the paper, which costs a matrix
-    # exponential
+    # acyclicity function: "poly", or "exp" as in the paper, which costs a matrix exponential
     h: str = "poly",
-    # dual steps at most
     threshold: float = 0.3,
     h_tol: float = 1e-8,
     rho_max: float = 1e16,
-    max_iter: int = 100,
+    max_iter: int = 100,  # dual steps at most
     names: list[str] | None = None,
 ) -> DagFit:
     """Least squares with an l1 penalty under h(W) = 0, by augmented Lagrangian and L-BFGS-B.
@@ -893,8 +890,9 @@ def notears(
     _fit_args(d, threshold, names)
     W_of = lambda x: (x[: d * d] - x[d * d :]).reshape(d, d)
 
-    def acyclic(W):
-        # h_poly and h_exp once more, in numpy: called thousands of times on one small matrix
+    def acyclic(
+        W,  # h_poly and h_exp once more, in numpy: called thousands of times on one small matrix
+    ):
         A = W * W
         if h == "exp":
             P = expm(A)
@@ -1053,20 +1051,18 @@ def follow_path(
     sigma: torch.Tensor | None = None,  # (b, d) start
     *,
     lam: float = 0.05,  # l1 weight: a number or (b,)
-    # the domain and the weight of the score in each stage
     s=(1.0, 0.9, 0.8, 0.7),
-    mu=(1.0, 0.1, 0.01, 0.001),
-    # decay: rate x0.3 after 60%, x0.1 after 85% of a stage
+    mu=(1.0, 0.1, 0.01, 0.001),  # the domain and the weight of the score in each stage
     iters=PAPER["iters"],
     lr: float = 3e-4,
-    decay: bool = False,
-    # a stage ends when the objective changes by less than tol between checkpoints
+    decay: bool = False,  # rate x0.3 after 60%, x0.1 after 85% of a stage
     tol: float = 1e-6,
+    # a stage ends when the objective changes by less than tol between checkpoints
     checkpoint: int = 1000,
     betas=(0.99, 0.999),
     init: torch.Tensor | None = None,  # (b, d, d) start; zeros when None
-    # (d, d) or (b, d, d) mask, 0 forbids an edge; None forbids self-loops only (the
-    # papers' code allows those, too: pass ones)
+    # (d, d) or (b, d, d) mask, 0 forbids an edge; None forbids self-loops only (the papers' code
+    # allows those, too: pass ones)
     allowed: torch.Tensor | None = None,
     callback: Callable | None = None,  # callback(stage, iteration, W (b, d, d)) at every checkpoint
     progress: bool = False,
@@ -1206,8 +1202,7 @@ def follow_path(
 
 def solve_path(
     C: torch.Tensor,  # (..., d, d) covariance
-    # (b, d, d) covariances -> (`scale`, start of sigma) of `follow_path`; None holds
-    # sigma at 1
+    # (b, d, d) covariances -> (`scale`, start of sigma) of `follow_path`; None holds sigma at 1
     rule: Callable | None,
     method: str,
     threshold: float,

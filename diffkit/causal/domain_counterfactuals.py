@@ -38,7 +38,11 @@ def _samples(name, x, m, runs=None):
         raise ValueError(f"{name} must have 1 or {runs} runs in front, got shape {tuple(x.shape)}")
 
 
-def _labels(d, n, domains):  # an int, (n,) labels, or None: the samples have an axis of domains
+def _labels(
+    d,
+    n,
+    domains,  # an int, (n,) labels, or None: the samples have an axis of domains
+):
     if d is None:
         return d
     if isinstance(d, (int, np.integer)) and not isinstance(d, bool):
@@ -59,8 +63,11 @@ def _labels(d, n, domains):  # an int, (n,) labels, or None: the samples have an
     return d.long()
 
 
-def _lead(p, x, core):
-    # parameters (runs, ...) with axes put in so that they meet samples (runs, ..., n, m)
+def _lead(
+    p,
+    x,
+    core,  # parameters (runs, ...) with axes put in so that they meet samples (runs, ..., n, m)
+):
     return (
         p
         if p.ndim == core or x.ndim == 2
@@ -76,14 +83,13 @@ class LatentSCM(nn.Module):
         self,
         m: int,  # latents
         domains: int,  # at least 2
-        # mechanisms that may differ, 1..m: one value, or one for each run; the dense form
-        # has k = m
+        # mechanisms that may differ, 1..m: one value, or one for each run; the dense form has k = m
         k: int | Sequence[int] | None = None,
         form: str = "relaxed",  # "relaxed" (the paper's main form), "canonical" or "dense"
         *,
         runs: int | None = None,  # models side by side; None: one, without a leading axis
-        # spread of the first L; S starts at 1 and b at 0 (N(0, 1) for all three, as in the
-        # official code, puts S near 0)
+        # spread of the first L; S starts at 1 and b at 0 (N(0, 1) for all three, as in the official
+        # code, puts S near 0)
         init: float = 0.1,
         generator: torch.Generator | int | None = None,
     ):
@@ -142,8 +148,8 @@ class LatentSCM(nn.Module):
     def forward(
         self,
         eps: torch.Tensor,  # (..., n, m) noise; with d=None (..., D, n, m)
-        # a domain, a label for each sample (n,), or None: the axis before the samples
-        # counts the domains
+        # a domain, a label for each sample (n,), or None: the axis before the samples counts the
+        # domains
         d: int | torch.Tensor | None,
     ) -> torch.Tensor:  # latents, same shape
         "z = F_d eps + b_d: one triangular solve for each domain."
@@ -161,8 +167,8 @@ class LatentSCM(nn.Module):
 
     def inverse(
         self,
-        z: torch.Tensor,
-        d: int | torch.Tensor | None,  # latents, as in forward
+        z: torch.Tensor,  # latents, as in forward
+        d: int | torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # noise, log |det| of the inverse (broadcasts)
         "eps = S_d^{-1} (I - L_d) (z - b_d): no solve at all."
         _samples("z", z, self.m, self.runs)
@@ -212,7 +218,12 @@ class LatentSCM(nn.Module):
         parts = x[..., order, :].split(torch.bincount(d, minlength=self.domains).tolist(), -2)
         return torch.cat([one(p, i) for i, p in enumerate(parts)], -2)[..., order.argsort(), :]
 
-    def _of(self, value, x, d):  # one value for each domain -> broadcasts over samples
+    def _of(
+        self,
+        value,
+        x,
+        d,  # one value for each domain -> broadcasts over samples
+    ):
         return (
             value.unsqueeze(-1)
             if d is None
@@ -224,7 +235,7 @@ def to_canonical(
     F: torch.Tensor,  # (D, m, m) lower triangular, one for each domain
     b: torch.Tensor,  # (D, m) shifts
     tol: float = 1e-6,  # mechanisms that differ by less count as the same
-) -> tuple:  # F' (D, m, m), b' (D, m), H (m, m), h (m,), list of intervened mechanisms
+) -> tuple:  # F' (D, m, m), b' (D, m), H (m, m), h (m,), intervened mechanisms
     """The equivalent model whose domains differ in the last latents only; old latents are z = H
     z' + h, so g'(z') = g(H z' + h)."""
     if F.ndim != 3 or F.shape[1] != F.shape[2] or b.shape != F.shape[:2]:
@@ -262,8 +273,8 @@ class LeakyLinear(nn.Module):
         # a free M; False keeps M = I as in the official code; or one for each run
         inner: bool | Sequence[bool] = True,
         *,
-        runs: int | None = None,
-    ):  # models side by side
+        runs: int | None = None,  # models side by side
+    ):
         super().__init__()
         _whole("m", m, 1)
         _number("slope", slope, positive=True)
@@ -329,8 +340,8 @@ class ILD(nn.Module):
     def __init__(
         self,
         g: nn.Module,  # g(z) -> x and g.inverse(x) -> (z, log |det| of the inverse)
-        scm: LatentSCM,
-    ):  # with the same runs
+        scm: LatentSCM,  # with the same runs
+    ):
         super().__init__()
         if not callable(getattr(g, "inverse", None)):
             raise TypeError(
@@ -426,14 +437,18 @@ def free_directions(
     F, b = F.double(), b.double()
     C, I = F @ F.mT, torch.eye(m, dtype=torch.float64, device=F.device)
 
-    def condition(A):
+    def condition(
         # 0 where the first m - k coordinates of (I + A) z have the same mean and covariance in all
         # domains
+        A,
+    ):
         top = (I + A)[: m - k]
         S, mu = top @ C @ top.T, b @ top.T
         return torch.cat([(S - S[:1])[1:].flatten(), (mu - mu[:1])[1:].flatten()])
 
-    def answer(A):  # the matrices of the counterfactuals 0 -> d
+    def answer(
+        A,  # the matrices of the counterfactuals 0 -> d
+    ):
         H = I + A
         P = torch.linalg.cholesky(H @ C @ H.T)
         return torch.linalg.solve(H, P[1:] @ torch.linalg.inv(P[0]) @ H)
@@ -487,14 +502,13 @@ def fit_ild(
     X: torch.Tensor,  # (n, p) samples, or (runs, n, p): each run its own
     d: torch.Tensor,  # (n,) domain labels 0..D-1, the same for all runs
     iters: int = 2000,  # iterations; the paper takes 50 000
-    # samples from each domain in a step; None: all, which needs domains of one size
     *,
+    # samples from each domain in a step; None: all, which needs domains of one size
     batch: int | None = 500,
     # first learning rate, decays along a cosine to a hundredth; the paper: 1e-3, constant
     lr: float = 1e-2,
     betas: tuple[float, float] = (0.5, 0.999),  # of Adam, the paper's
-    # (model, x (runs, D, batch, p)) -> (runs,) or a number; default: mean negative
-    # log-likelihood
+    # (model, x (runs, D, batch, p)) -> (runs,) or a number; default: mean negative log-likelihood
     loss: Callable | None = None,
     generator: torch.Generator | int | None = 0,  # of the batches
     callback: Callable | None = None,  # callback(iteration, losses)
@@ -557,8 +571,8 @@ def simulate_ild(
     n: int = 5000,  # samples from each domain
     *,
     slope: float = 0.5,  # of the leaky ReLU; 1: linear
-    # "mechanism": the domain's shift enters the mechanisms in I; "output": as in the
-    # official code, which also intervenes on their children
+    # "mechanism": the domain's shift enters the mechanisms in I; "output": as in the official code,
+    # which also intervenes on their children
     shift: str = "mechanism",
     runs: int | None = None,  # independent truths; None: one
     generator: torch.Generator | int | None = 0,
@@ -674,8 +688,8 @@ class DomainMap:
         self,
         table,  # (n, p) array or tensor, or a DataFrame with the columns of the fit
         to,  # the domain to map to
-        domain=None,
-    ):  # (n,) where each row comes from; default: the column named in the fit
+        domain=None,  # (n,) where each row comes from; default: the column named in the fit
+    ):
         "Every row as it would have been in domain `to`; what is not a measured column stays."
         if to not in self.domains:
             raise ValueError(f"to must be one of {self.domains}, got {to!r}")
@@ -736,8 +750,8 @@ def fit_domains(
     table,  # (n, p) array or tensor, or a DataFrame
     domain,  # name of the DataFrame's column, or (n,) values: where each row was measured
     k: int | Sequence[int] | None = None,  # sparsities to try; None: all of 1..p
-    # of the DataFrame that are measured; None: all numeric ones but the domain's
     *,
+    # of the DataFrame that are measured; None: all numeric ones but the domain's
     columns: list | None = None,
     slope: float = 1.0,  # of LeakyLinear; 1: linear, safe for small tables
     starts: int = 6,  # for each k

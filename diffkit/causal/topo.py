@@ -33,17 +33,17 @@ from diffkit.causal.dag import (
 )
 
 # %% ../../nbs/causal/602_topo.ipynb #06381f93
-def _walks(P):
+def _walks(
     # (I - P)^-1 of a nonnegative strictly upper triangular P: no division, so exact zeros stay zero
+    P,
+):
     eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
 
 
 def walk_sums(
     W: torch.Tensor,  # (d, d) weights of a DAG
-) -> (
-    torch.Tensor
-):  # (d, d); entry [j, i] sums the products of |weights| over all directed walks from j to i
+) -> torch.Tensor:  # (d, d); [j, i] sums |weights| over all directed walks from j to i
     "$(I-|W|)^{-1}$, the transpose of the gradient of $h(|W|) = -log det(I - |W|)$."
     w = _square(W).detach()
     o = torch.as_tensor(topological_order(w), device=w.device)
@@ -56,12 +56,11 @@ def swap_candidates(
     W: torch.Tensor,  # (d, d) weights whose edges follow `order`
     order: list[int],  # causes first
     size: int | None = None,  # at most so many pairs; None: all that pass
-    # only pairs with a walk sum up to tau; 0 keeps the edges that close no walk
     *,
+    # only pairs with a walk sum up to tau; 0 keeps the edges that close no walk
     tau: float = np.inf,
-    # (d, d) gradient of the score: only pairs with |grad| > xi
     grad: torch.Tensor | None = None,
-    xi: float = 0.0,
+    xi: float = 0.0,  # (d, d) gradient of the score: only pairs with |grad| > xi
 ) -> torch.Tensor:  # (p, 2) positions a < b in the order, smallest walk sum first
     "The pairs of positions worth exchanging: few walks run from the earlier node to the later one."
     w = _square(W).detach()
@@ -137,13 +136,20 @@ class OrderScore(Protocol):
     "What a search needs to know: a sum of costs, one for each node given its set of predecessors."
 
     # (d,) by position; the score is the sum
-    def costs(self, order: torch.Tensor) -> torch.Tensor: ...
+    def costs(self, order: torch.Tensor) -> torch.Tensor:  # (d,) by position; the score is the sum
+        ...
 
     # (d, d) weights of the best fit along the order
-    def weights(self, order: torch.Tensor) -> torch.Tensor: ...
+    def weights(
+        self, order: torch.Tensor
+    ) -> torch.Tensor:  # (d, d) weights of the best fit along the order
+        ...
 
     # (p,) change of the score by each exchange of positions
-    def gains(self, order: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor: ...
+    def gains(
+        self, order: torch.Tensor, pairs: torch.Tensor
+    ) -> torch.Tensor:  # (p,) change of the score by each exchange of positions
+        ...
 
 
 class CovarianceScore:
@@ -193,9 +199,9 @@ class NodeScore:
     once."""
 
     def __init__(
+        self,
         # fit(j, parents) -> (coefficients (len(parents),), loss); parents: array of node numbers,
         # ascending
-        self,
         fit: Callable,
     ):
         if not callable(fit):
@@ -263,13 +269,12 @@ def _sizes(score, d, small, large, large_searches):
 
 def search_orders(
     score: OrderScore,
-    order: list[int],  # order: the start, causes first
-    # pairs tried in every round; None: all for a CovarianceScore, else min(100,
-    # d(d-1)/4)
+    order: list[int],  # the start, causes first
     *,
+    # pairs tried in every round; None: all for a CovarianceScore, else min(100, d(d-1)/4)
     small: int | None = None,
-    # pairs tried when the small set fails; None: all, so that the end is optimal
-    # under every swap. The paper's demo: 400
+    # pairs tried when the small set fails; None: all, so that the end is optimal under every swap.
+    # The paper's demo: 400
     large: int | None = None,
     # how often the large set may help; None: no limit. The paper's demo: 1
     large_searches: int | None = None,
@@ -342,9 +347,8 @@ def linear_nodes(
     C: torch.Tensor,  # (d, d) covariance
     l1: float = 0.0,  # weight of the l1 norm
     allowed: torch.Tensor | None = None,  # (d, d) mask, 0 forbids an edge
-    # coordinate descent stops when no weight moves by more than tol
     sweeps: int = 1000,
-    tol: float = 1e-9,
+    tol: float = 1e-9,  # coordinate descent stops when no weight moves by more than tol
 ) -> Callable:  # fit(j, parents) for `NodeScore`
     "Least squares for one node on its predecessors, with an l1 penalty and forbidden edges."
     c = _psd(C, one=True).cpu().numpy()
@@ -387,9 +391,9 @@ def topo(
     # "ls", "colide_nv", an elementwise function of the residual variances, or a `NodeScore`
     score: str | Callable | OrderScore = "ls",
     lam: float = 0.0,  # ridge, added to the diagonal of the covariance; needed where n <= d
-    # candidate sets, see `search_orders`; the paper's demo: 100, 400, 1
     small: int | None = None,
     large: int | None = None,
+    # candidate sets, see `search_orders`; the paper's demo: 100, 400, 1
     large_searches: int | None = None,
     tol: float = 1e-8,
     max_rounds: int = 10_000,  # smallest relative improvement; rounds at most

@@ -88,8 +88,7 @@ def from_diffusers(
     scheduler=None,  # its scheduler: gives the table of betas and the prediction type
     process: Process | None = None,
     predicts: str | None = None,  # instead of a scheduler
-    # the unconditional condition, e.g. {"encoder_hidden_states":
-    # negative_prompt_embeds}
+    # the unconditional condition, e.g. {"encoder_hidden_states": negative_prompt_embeds}
     null: dict | None = None,
     # t -> what the model is fed; default: 0..N-1, or 1000 t for a flow
     time_input: Callable | None = None,
@@ -161,20 +160,18 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         solver: MultistepSolver | dict | None = None,
         # a diffusers scheduler whose schedule, prediction type and spacing are taken over
         like=None,
-        # Stable Diffusion's
         num_train_timesteps: int = 1000,
         beta_start: float = 0.00085,
-        beta_end: float = 0.012,
+        beta_end: float = 0.012,  # Stable Diffusion's
         beta_schedule: str = "scaled_linear",  # "linear" or "scaled_linear"
         trained_betas: list | None = None,  # or the table itself
         prediction_type: str = "epsilon",  # epsilon, v_prediction, sample, flow_prediction
         timestep_spacing: str = "trailing",  # any spacing of time_grid
         steps_offset: int = 0,  # shift of "leading"
-        # where the last step ends: "zero" (clean data) or "sigma_min" (the first training
-        # step)
+        # where the last step ends: "zero" (clean data) or "sigma_min" (the first training step)
         final: str = "zero",
-        **ignored,
-    ):  # entries that other schedulers wrote into a config
+        **ignored,  # entries that other schedulers wrote into a config
+    ):
         if SchedulerMixin is object:
             raise ImportError(
                 "DiffusersScheduler needs the package diffusers: pip install diffusers"

@@ -108,8 +108,11 @@ class GaussianMixture:
         }
         return new
 
-    def _log_weights(self, label, B):
-        # (K,) or (B, K): weights of the components that belong to the label
+    def _log_weights(
+        self,
+        label,
+        B,  # (K,) or (B, K): weights of the components that belong to the label
+    ):
         logw = self.weights.log()
         if label is None:
             return logw
@@ -126,7 +129,13 @@ class GaussianMixture:
         logw = logw.masked_fill(~mask, -math.inf)
         return logw - logw.logsumexp(-1, keepdim=True)
 
-    def _parts(self, x, alpha, sigma, label):  # log joint (B, K), and what the denoiser needs
+    def _parts(
+        self,
+        x,
+        alpha,
+        sigma,
+        label,  # log joint (B, K), and what the denoiser needs
+    ):
         if tuple(x.shape[1:]) != self.event:
             raise ValueError(
                 f"x must have shape (B, {', '.join(map(str, self.event))}), got {tuple(x.shape)}"
@@ -260,7 +269,9 @@ def ring(
     )
 
 
-def grid25(scale: float = 0.05) -> GaussianMixture:  # standard deviation of a component
+def grid25(
+    scale: float = 0.05,  # standard deviation of a component
+) -> GaussianMixture:
     "Gaussians on a 5 x 5 grid in [-1, 1]^2."
     u = torch.linspace(-1, 1, 5, dtype=torch.float64)
     return GaussianMixture(torch.cartesian_prod(u, u), scales=scale, labels=range(25))

@@ -98,8 +98,11 @@ class Prediction:
             self._cache[name] = c
         return self._cache[name]
 
-    def _weights(self, kind):
+    def _weights(
+        self,
         # (p, q): the quantity is p x + q native, by Cramer's rule in the plane of x_0 and eps
+        kind,
+    ):
         a, s = self.alpha, self.sigma
         (k0, k1), (n0, n1) = _PLANE[kind](a, s), _PLANE[self.kind](a, s)
         if (kind == "score" or self.kind == "score") and not self.process.gaussian:
@@ -214,8 +217,7 @@ class Denoiser(nn.Module):
 
     process: Process
     null: dict = {}  # the condition that means "unconditional", e.g. {"label": 10}
-    # True where a call draws noise of its own: solvers that reuse predictions refuse it
-    stochastic: bool = False
+    stochastic: bool = False  # True: a call draws noise; solvers that reuse predictions refuse it
 
     def forward(self, x: torch.Tensor, t: torch.Tensor | float, **cond) -> Prediction:
         raise NotImplementedError
@@ -293,8 +295,7 @@ class NetDenoiser(Denoiser):
         net: nn.Module | Callable,
         process: Process,  # the process it was trained on
         predicts: str = "eps",  # what it puts out: one of KINDS, or "edm" for EDM's preconditioning
-        # t (B,) -> what the net is fed; default: the process's net_time (0..N-1 for
-        # Discrete)
+        # t (B,) -> what the net is fed; default: the process's net_time (0..N-1 for Discrete)
         time_input: Callable | None = None,
         null: dict | None = None,  # the condition that means "unconditional"
         sigma_data: float = 0.5,  # standard deviation of the data, for "edm"
@@ -313,7 +314,11 @@ class NetDenoiser(Denoiser):
             sigma_data,
         )
 
-    def _edm(self, t, x):  # y = x / alpha, and c_skip, c_out, c_in, c_noise
+    def _edm(
+        self,
+        t,
+        x,  # y = x / alpha, and c_skip, c_out, c_in, c_noise
+    ):
         a, s = (expand(c, x) for c in (self.process.alpha(t), self.process.sigma(t)))
         s, d = s / a, self.sigma_data
         return (
@@ -360,9 +365,8 @@ class NetDenoiser(Denoiser):
         # (B,) times; default: uniform on [t_min, 1], one to each B-th part (less variance)
         t: torch.Tensor | None = None,
         weight: Callable | None = None,  # log_snr (B,) -> weight (B,)
-        # eps: the noise itself
         generator: torch.Generator | None = None,
-        eps: torch.Tensor | None = None,
+        eps: torch.Tensor | None = None,  # the noise itself
         **cond,  # conditions for the network
     ) -> torch.Tensor:  # scalar
         "Denoising loss: weighted mean squared error of the network's own output."
@@ -423,7 +427,11 @@ class MixtureDenoiser(Denoiser):
         super().__init__()
         self.mixture, self.process = mixture, process or VP()
 
-    def _apply(self, fn, recurse=True):  # .to(device) moves the mixture; it keeps its precision
+    def _apply(
+        self,
+        fn,
+        recurse=True,  # .to(device) moves the mixture; it keeps its precision
+    ):
         self.mixture = self.mixture.to(fn(torch.empty(0)).device)
         return super()._apply(fn, recurse)
 
@@ -448,8 +456,8 @@ def EmpiricalDenoiser(
 # %% ../../nbs/core/001_denoiser.ipynb #c4c722b4
 def guide(
     anchor: Prediction,  # where we start from
-    # ((good, bad), scale, shaper or None), ...; a shaper maps (difference, good) to a
-    # difference and has .space
+    # ((good, bad), scale, shaper or None), ...; a shaper maps (difference, good) to a difference
+    # and has .space
     directions: Sequence,
 ) -> Prediction:  # anchor + sum of scale * shaped difference
     "Move a prediction along differences of predictions."
@@ -482,8 +490,7 @@ class Guided(Denoiser):
         denoiser: Denoiser,  # the model to guide
         # a number, one a sample (B,), or a function of time
         scale: float | torch.Tensor | Callable = 1.0,
-        # condition of the unconditional branch, e.g. a negative prompt; default: the
-        # model's null
+        # condition of the unconditional branch, e.g. a negative prompt; default: the model's null
         uncond: dict | None = None,
         interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
         batched: bool = True,  # evaluate branches as one larger batch where conditions allow it

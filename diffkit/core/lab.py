@@ -45,8 +45,8 @@ def pick(
 
 
 def steps(
-    quick: int,
-    full: int,  # number of iterations on a processor  # number of iterations on a GPU
+    quick: int,  # number of iterations on a processor
+    full: int,  # number of iterations on a GPU
 ) -> int:
     "An iteration count: `smoke` gives two."
     return pick(quick, full, 2)
@@ -96,7 +96,9 @@ class Spread:
         return self.values.std(0, ddof=1) if self.n > 1 else np.zeros_like(self.values[0])
 
     @property
-    def sem(self):
+    def sem(
+        self,  # standard error of the mean
+    ):
         return self.std / self.n**0.5  # standard error of the mean
 
     def __format__(self, spec):
@@ -113,8 +115,8 @@ class Spread:
 
 
 def repeat(
-    f,
-    seeds=range(5),  # seed -> number, array, or dict of these  # the seeds; all values are kept
+    f,  # seed -> number, array, or dict of these
+    seeds=range(5),  # the seeds; all values are kept
 ) -> Spread | dict[str, Spread]:
     "Run an experiment over seeds and keep every value."
     out = [f(s) for s in seeds]
@@ -129,8 +131,8 @@ def repeat(
 
 
 def verdict(
-    a,
-    b,  # values over seeds, or a number  # values over the same seeds, or a number
+    a,  # values over seeds, or a number
+    b,  # values over the same seeds, or a number
 ) -> str:  # "yes", "no" or "open"
     """Is `a < b`? Paired over seeds; `open` while the mean difference is within two standard
     errors of zero."""
@@ -180,7 +182,9 @@ class Claim:
         return {CLAIM_MIME: self.row, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
     # `claim` has shown it already, also where it is not a cell's last line
-    def _ipython_display_(self):
+    def _ipython_display_(
+        self,  # `claim` has shown it already, also where it is not a cell's last line
+    ):
         pass
 
 
@@ -196,7 +200,8 @@ def _post(**row):  # show a row of the scorecard
 def claim(
     says: str,  # what the paper says, in one sentence
     measured: str,  # what was measured here, made from the values with their spread
-    holds: str,  # "yes", "no", "open" (within noise): the verdict expected at the quick scale
+    # "yes", "no" or "open" (within noise at this scale): the verdict expected at the quick scale
+    holds: str,
     *,
     paper: str = "",  # the paper's own figure
     note: str = "",  # the reason, where a claim does not hold; what differs from the paper
@@ -257,9 +262,7 @@ def root() -> Path:
     )
 
 
-def notebooks() -> dict[str, Path]:
-    # slug -> path, in the order of the numbers; then the front page and the benchmarks, which have
-    # none
+def notebooks() -> dict[str, Path]:  # slug -> path, by number; those without a number come last
     "All notebooks of the course."
     files = sorted(
         (p for p in (root() / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts),
@@ -270,7 +273,9 @@ def notebooks() -> dict[str, Path]:
     return {s if slugs.count(s) == 1 else p.stem: p for s, p in zip(slugs, files)}
 
 
-def find(slug: str) -> Path:  # slug, number ("203") or file name of a notebook
+def find(
+    slug: str,  # slug, number ("203") or file name of a notebook
+) -> Path:
     "The notebook of a slug; an unknown one raises `ValueError` with the nearest names."
     nbs = notebooks()
     for s, p in nbs.items():
@@ -283,14 +288,18 @@ def find(slug: str) -> Path:  # slug, number ("203") or file name of a notebook
     )
 
 
-def title(path: Path) -> tuple[str, str]:  # a notebook  # title, description
+def title(
+    path: Path,  # a notebook
+) -> tuple[str, str]:  # title, description
     "Title and one-line description from a notebook's first cell."
     src = "".join(json.loads(Path(path).read_text(encoding="utf-8"))["cells"][0]["source"])
     get = lambda pat: m[1].strip() if (m := re.search(pat, src, re.M)) else ""
     return get(r"^#\s+(.*)$"), get(r"^>\s+(.*)$")
 
 
-def claims(path: Path) -> list[dict]:  # an executed notebook
+def claims(
+    path: Path,  # an executed notebook
+) -> list[dict]:
     "The claims that a notebook's outputs hold."
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     return [
@@ -310,8 +319,11 @@ def scorecard() -> list[dict]:  # one row a claim, with "slug" and "title" added
     ]
 
 # %% ../../nbs/core/009_lab.ipynb #c0a8032f
-def _key(path, scale):
+def _key(
+    path,
     # what a result depends on: the notebook's sources (not its outputs), the package's, the scale
+    scale,
+):
     import hashlib
 
     cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
@@ -325,7 +337,10 @@ def _key(path, scale):
     return h.hexdigest()[:16]
 
 
-def write_atomic(path: str | Path, data: str | bytes) -> None:  # file to write  # its whole content
+def write_atomic(
+    path: str | Path,  # file to write
+    data: str | bytes,  # its whole content
+) -> None:
     "Write a file so that it is old or new but never half: temporary file, fsync, rename."
     import tempfile
 

@@ -36,7 +36,9 @@ def _two(x, y, a="x", b="y"):
     return x, y
 
 
-def _root(a):  # square root of a symmetric positive semi-definite matrix
+def _root(
+    a,  # square root of a symmetric positive semi-definite matrix
+):
     w, v = torch.linalg.eigh(a)
     return (v * w.clamp(min=0).sqrt()) @ v.mT
 
@@ -85,8 +87,11 @@ def rbf(
     return k
 
 
-def _between(x, y, k):
-    # means of k over pairs within x, within y, and between; within without the diagonal
+def _between(
+    x,
+    y,
+    k,  # means of k over pairs within x, within y, and between; within without the diagonal
+):
     n, m = len(x), len(y)
     d = torch.cdist(
         torch.cat([x, y]), torch.cat([x, y]), compute_mode="donot_use_mm_for_euclid_dist"
@@ -108,8 +113,8 @@ def mmd(
 
 
 def energy_distance(
-    x: torch.Tensor,
-    y: torch.Tensor,  # (n, ...) one set  # (m, ...) the other
+    x: torch.Tensor,  # (n, ...) one set
+    y: torch.Tensor,  # (m, ...) the other
 ) -> float:  # unbiased
     "`2 E|x - y| - E|x - x'| - E|y - y'|`; zero only for equal distributions."
     return mmd(x, y, lambda d2: -d2.sqrt())
@@ -117,9 +122,9 @@ def energy_distance(
 
 def sliced_wasserstein(
     x: torch.Tensor,
-    y: torch.Tensor,
+    y: torch.Tensor,  # (n, ...), (m, ...)
     projections: int = 200,
-    seed: int = 0,  # (n, ...), (m, ...)
+    seed: int = 0,
 ) -> float:  # number of random directions, and their seed
     "Sliced 2-Wasserstein distance, by POT."
     import ot
@@ -150,7 +155,10 @@ def precision_recall(
     if not 1 <= k < min(len(real), len(fake)):
         raise ValueError(f"k must lie in 1..{min(len(real), len(fake)) - 1}, got {k}")
 
-    def inside(points, support):  # each point: is it in some ball of the support?
+    def inside(
+        points,
+        support,  # each point: is it in some ball of the support?
+    ):
         radius = torch.cdist(support, support).kthvalue(k + 1).values
         return (torch.cdist(points, support) <= radius).any(1).double().mean().item()
 
@@ -161,9 +169,7 @@ def mode_coverage(
     x: torch.Tensor,  # (n, ...) samples
     mixture: GaussianMixture,  # the data distribution
     share: float = 0.1,  # of its due share that a component must get to count as covered
-) -> dict:
-    # covered: fraction of components; tv: total variation distance of the shares; high_quality:
-    # share of samples inside their component's 99.9 % ball
+) -> dict:  # covered: fraction of components; tv: of the shares; high_quality: in 99.9 % balls
     "Which components of a mixture did the samples hit, and how well?"
     from scipy.stats import chi2
 

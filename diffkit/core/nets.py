@@ -36,7 +36,10 @@ class FourierEmbedding(nn.Module):
             persistent=False,
         )
 
-    def forward(self, t: torch.Tensor) -> torch.Tensor:  # (B,) times, any real  # (B, dim)
+    def forward(
+        self,
+        t: torch.Tensor,  # (B,) times, any real
+    ) -> torch.Tensor:  # (B, dim)
         a = t[:, None] * self.freqs.to(t.dtype)
         return torch.cat((a.sin(), a.cos()), -1)
 
@@ -176,14 +179,21 @@ class MLP(nn.Module):
 class SelfAttention(nn.Module):
     "Multi-head self-attention on tokens; no norm, no residual: whoever uses it adds them."
 
-    def __init__(self, dim: int, heads: int = 4):  # channels of a token  # heads; must divide dim
+    def __init__(
+        self,
+        dim: int,  # channels of a token
+        heads: int = 4,  # heads; must divide dim
+    ):
         super().__init__()
         if heads < 1 or dim % heads:
             raise ValueError(f"heads={heads} does not divide dim={dim}")
         self.dim, self.heads = dim, heads
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(dim, dim) for _ in range(4))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, N, dim) tokens  # (B, N, dim)
+    def forward(
+        self,
+        x: torch.Tensor,  # (B, N, dim) tokens
+    ) -> torch.Tensor:  # (B, N, dim)
         if x.ndim != 3 or x.shape[-1] != self.dim:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; this attention takes tokens (B, N, {self.dim})"
@@ -260,12 +270,11 @@ class UNet(nn.Module):
         self,
         channels: int = 1,  # image channels that come in
         width: int = 32,  # channels at full resolution
-        # width at each resolution, as a multiple of `width`; each further level halves the
-        # side
+        # width at each resolution, as a multiple of `width`; each further level halves the side
         levels: Sequence[int] = (1, 2),
         classes: int | None = None,  # number of classes; index `classes` is the null class
-        # self-attention at each level? None: at the coarsest only; its cost grows with the
-        # fourth power of the side
+        # self-attention at each level? None: at the coarsest only; its cost grows with the fourth
+        # power of the side
         attention: Sequence[bool] | None = None,
         blocks: int = 1,  # residual blocks a level, down and up
         heads: int = 4,  # attention heads

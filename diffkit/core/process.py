@@ -25,8 +25,8 @@ def expand(
 
 
 def check_time(
-    t: torch.Tensor | float,
-    name: str = "t",  # time(s)  # the argument's name in the message
+    t: torch.Tensor | float,  # time(s)
+    name: str = "t",  # the argument's name in the message
 ) -> None:
     """Raise `ValueError` unless every time lies in [0, 1] (tensors on an accelerator are not
     looked at: that would stall it)."""
@@ -44,8 +44,7 @@ class Process:
     """Noising process `x_t = alpha(t) x_0 + sigma(t) eps` on t in [0, 1]; a subclass gives
     `_alpha`, `_var` and `_time` in float64."""
 
-    # False for heavy-tailed kernels: whatever needs a Gaussian kernel then raises
-    gaussian: bool = True
+    gaussian: bool = True  # False for heavy tails: what needs a Gaussian kernel then raises
     t_min: float = 1e-3  # the smallest safe time: where a grid ends unless told otherwise
     t_max: float = 1.0  # the largest time at which log_snr is finite
     n_train: int | None = None  # number of training steps of a discrete schedule
@@ -194,7 +193,9 @@ class Process:
 
 # %% ../../nbs/core/000_process.ipynb #f7e01f1e
 # from alpha^2 = sigmoid(2 log_snr)
-def _log_alpha_vp(log_snr):
+def _log_alpha_vp(
+    log_snr,  # from alpha^2 = sigmoid(2 log_snr)
+):
     return -0.5 * torch.nn.functional.softplus(-2 * log_snr)
 
 
@@ -220,7 +221,10 @@ class VP(Process):
         return self._log_alpha(t).exp()
 
     # expm1 keeps the digits that 1 - alpha^2 would lose
-    def _var(self, t):
+    def _var(
+        self,
+        t,  # expm1 keeps the digits that 1 - alpha^2 would lose
+    ):
         return -torch.expm1(2 * self._log_alpha(t))
 
     def _time(self, log_snr):
@@ -233,13 +237,19 @@ class Cosine(Process):
 
     t_max = 0.999
 
-    def __init__(self, s: float = 0.008):  # offset that keeps the first noise steps from vanishing
+    def __init__(
+        self,
+        s: float = 0.008,  # offset that keeps the first noise steps from vanishing
+    ):
         if not s > 0:
             raise ValueError(f"s must be positive, got {s}")
         self.s = s
 
     # cos(pi/2 - angle) = sin(angle): exact where alpha -> 0
-    def _angle(self, t):
+    def _angle(
+        self,
+        t,  # cos(pi/2 - angle) = sin(angle): exact where alpha -> 0
+    ):
         return math.pi / 2 * (1 - t) / (1 + self.s)
 
     def _alpha(self, t):
@@ -292,7 +302,10 @@ class Discrete(Process):
         self._table = torch.cat([b.new_zeros(1), 0.5 * torch.log1p(-b).cumsum(0)])
         self._on = {"cpu": self._table}
 
-    def _nodes(self, device):  # one copy a device
+    def _nodes(
+        self,
+        device,  # one copy a device
+    ):
         key = str(device)
         if key not in self._on:
             self._on[key] = self._table.to(device)
@@ -418,8 +431,7 @@ def time_grid(
     steps: int,  # number of steps; the grid has one point more
     spacing: str = "uniform",  # see SPACINGS
     start: float = 1.0,  # first time; below 1 to start from a given x
-    # last time; default: the process's t_min (0 for leading and trailing, as in
-    # diffusers)
+    # last time; default: the process's t_min (0 for leading and trailing, as in diffusers)
     end: float | None = None,
     rho: float = 7.0,  # exponent of "karras"
     offset: int = 0,  # shift of the integers of "leading" (Stable Diffusion uses 1)

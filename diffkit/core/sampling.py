@@ -68,9 +68,7 @@ class Solver:
     "One update rule. `start` forgets the past, `step` moves the state from time t to time s < t."
 
     evals_per_step: int = 1  # calls of `denoise` a step
-    # True where predictions of different calls are combined: a denoiser that draws noise of its own
-    # is then refused
-    reuses: bool = False
+    reuses: bool = False  # True: combines predictions, so a stochastic denoiser is refused
 
     def start(
         self,
@@ -114,8 +112,11 @@ class Solver:
             return torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
         return torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
 
-    def __new__(cls, *args, **kwargs):
-        # remember how the solver was made: for its name, and for writing it down
+    def __new__(
+        cls,
+        *args,
+        **kwargs,  # remember how the solver was made: for its name, and for writing it down
+    ):
         self = super().__new__(cls)
         try:
             self._init = dict(
@@ -127,11 +128,7 @@ class Solver:
             self._init = {}  # wrong arguments: __init__ will say so better
         return self
 
-    def config(
-        self,
-    ) -> (
-        dict
-    ):  # {"class": "module.Name", "args": {...}}, plain enough for JSON if the arguments are
+    def config(self) -> dict:  # {"class": "module.Name", "args": {...}}, fit for JSON if args are
         "How this solver was made."
         args = {
             k: v.config() if isinstance(v, Solver) else v
@@ -308,8 +305,8 @@ class Ancestral(MultistepSolver):
 
     def __init__(
         self,
-        # "small": of the posterior given x_0; "large": of the forward step; "learned": in
-        # between, by prediction.extra["variance"] in [0, 1]
+        # "small": of the posterior given x_0; "large": of the forward step; "learned": in between,
+        # by prediction.extra["variance"] in [0, 1]
         variance: str = "small",
         noise: torch.Tensor | None = None,  # (steps, B, ...) the draws themselves
     ):
@@ -356,7 +353,10 @@ class EulerMaruyama(MultistepSolver):
     """Euler on the reverse SDE, the last step free of noise. Source: Song et al. 2021,
     algorithm of section 4.1."""
 
-    def __init__(self, noise: torch.Tensor | None = None):  # (steps, B, ...) the draws themselves
+    def __init__(
+        self,
+        noise: torch.Tensor | None = None,  # (steps, B, ...) the draws themselves
+    ):
         self.noise = noise
 
     def row(self, nodes, target, i, n):
@@ -605,7 +605,11 @@ def exact_flow(
     lam = [float(process.log_snr(float(v))) for v in (t, s)]
     cut = [min(max(v, -20.0), 20.0) for v in lam]
 
-    def jump(y, t, s):  # first order, exact where |log_snr| > 20
+    def jump(
+        y,
+        t,
+        s,  # first order, exact where |log_snr| > 20
+    ):
         r = first_order(Node.at(process, t), Node.at(process, s))
         with torch.no_grad():
             return r.a * y + r.b[0] * d(y, t, **cond).x0

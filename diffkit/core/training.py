@@ -131,8 +131,8 @@ def pack(
 
 
 def unpack(
-    skeleton,
-    tensors: dict[str, torch.Tensor],  # what `pack` returned  # what it filled
+    skeleton,  # what `pack` returned
+    tensors: dict[str, torch.Tensor],  # what it filled
 ):  # the nest
     "Put a nest together again."
     if not isinstance(skeleton, dict):
@@ -161,7 +161,9 @@ def random_state() -> dict:  # a nest that `pack` understands
     return s
 
 
-def set_random_state(s: dict) -> None:  # from random_state
+def set_random_state(
+    s: dict,  # from random_state
+) -> None:
     "Put every global random generator back."
     random.setstate(s["python"])
     np.random.set_state(s["numpy"])
@@ -172,7 +174,9 @@ def set_random_state(s: dict) -> None:  # from random_state
         torch.mps.set_rng_state(s["mps"])
 
 # %% ../../nbs/core/005_training.ipynb #8a7391d0
-def _size(batch):  # samples in a batch: the length of its first tensor
+def _size(
+    batch,  # samples in a batch: the length of its first tensor
+):
     if isinstance(batch, dict):
         batch = tuple(batch.values())
     while isinstance(batch, (tuple, list)) and batch:
@@ -351,11 +355,7 @@ class Run:
     values: list = field(default_factory=list)  # one row of them a step
 
     @property
-    def losses(
-        self,
-    ) -> (
-        torch.Tensor | dict[str, torch.Tensor]
-    ):  # (steps,), or name -> (steps,) if a custom step returned a dict
+    def losses(self) -> torch.Tensor | dict[str, torch.Tensor]:  # (steps,), or a dict of these
         v = torch.tensor(self.values, dtype=torch.float64).reshape(len(self.values), -1)
         return (
             (v[:, 0] if v.numel() else v.flatten())
@@ -476,22 +476,21 @@ def fit(
     lr: float = 1e-3,  # learning rate, of the default optimiser
     *,
     ema: float | None = 0.999,  # averaging rate of the weights; 0 or None is off
-    # of everything random, the order of the data included; None leaves the generators as they
-    # are
+    # of everything random, the order of the data included; None leaves the generators as they are
     seed: int | None = 0,
     accelerator=None,  # an accelerate.Accelerator of your own
     checkpoint: str | Path | None = None,  # file; if it exists the run is resumed from it
     callback: Callable | None = None,  # callback(run) after every step
     progress: bool = True,  # show a bar
-    # step(model, batch) -> loss or dict of losses: does backward and optimiser steps itself;
-    # pass its optimizers in `optimizer`
+    # step(model, batch) -> loss or dict of losses: does backward and optimiser steps itself; pass
+    # its optimizers in `optimizer`
     step: Callable | None = None,
     samples: int | None = None,  # ... budget in samples
     # of tensor data, over all processes together; or a function of the step
     batch_size: int | Callable = 128,
     optimizer=None,  # parameters -> optimizer, or an optimizer, or a list of them; None: Adam
-    # factor of the learning rate: "constant", "cosine" (to 0), or a function of the progress in
-    # [0, 1]
+    # factor of the learning rate: "constant", "cosine" (to 0), or a function of the progress in [0,
+    # 1]
     schedule: str | Callable = "constant",
     warmup: int = 0,  # steps over which the learning rate rises linearly
     clip: float | None = None,  # largest norm of the gradient
@@ -627,7 +626,10 @@ def _fit(
                 )
             run.values.append(row)
 
-    def save(rng=None, place=None):  # the state now, or that before the step in progress
+    def save(
+        rng=None,
+        place=None,  # the state now, or that before the step in progress
+    ):
         look()
         rngs = (
             gather_object([rng or random_state()])

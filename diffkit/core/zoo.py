@@ -49,13 +49,16 @@ class DigitsClassifier(nn.Module):
         )
         self.drop, self.head = nn.Dropout(0.3), nn.Linear(features, classes)
 
-    def features(self, x: torch.Tensor) -> torch.Tensor:  # (B, 1, 8, 8) in [-1, 1]  # (B, features)
+    def features(
+        self,
+        x: torch.Tensor,  # (B, 1, 8, 8) in [-1, 1]
+    ) -> torch.Tensor:  # (B, features)
         if x.shape[1:] != (1, 8, 8):
             raise ValueError(f"x has shape {tuple(x.shape)}; this classifier takes (B, 1, 8, 8)")
         return self.body(x)
 
     # (B, classes) logits
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, classes) logits
         return self.head(self.drop(self.features(x)))
 
 # %% ../../nbs/core/007_zoo.ipynb #8bf83de6
@@ -291,7 +294,9 @@ def _samples(model, n, shape, label, steps, seed):
     return torch.cat(out)
 
 
-def _arc_distance(x):  # distance from points to the two arcs of two_moons
+def _arc_distance(
+    x,  # distance from points to the two arcs of two_moons
+):
     x = x + torch.tensor([0.5, 0.25])
     a = torch.linspace(0, math.pi, 400)
     arcs = torch.cat(
@@ -393,7 +398,10 @@ def _data(name):
 
 
 def _loss(recipe):
-    def classify(model, batch):  # a little noise: the features should not hang on single pixels
+    def classify(
+        model,
+        batch,  # a little noise: the features should not hang on single pixels
+    ):
         return F.cross_entropy(
             model(batch[0] + 0.1 * torch.randn_like(batch[0])), batch[1], label_smoothing=0.05
         )
@@ -451,8 +459,13 @@ def train(
     )
 
 
-def _publish(name, best, training, folder, full):
-    # store in half precision, load again, measure, write the card
+def _publish(
+    name,
+    best,
+    training,
+    folder,
+    full,  # store in half precision, load again, measure, write the card
+):
     recipe = _recipe(name)
     net = best if recipe.classifier else best.net
     save_tensors(

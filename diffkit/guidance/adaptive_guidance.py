@@ -24,8 +24,8 @@ __all__ = ['RULES', 'cosine', 'AdaptiveGuidance', 'adaptive', 'Alignment', 'alig
 
 # %% ../../nbs/guidance/301_adaptive_guidance.ipynb #7a67caab
 def cosine(
-    a: torch.Tensor,
-    b: torch.Tensor,  # (B, ...)  # (B, ...)
+    a: torch.Tensor,  # (B, ...)
+    b: torch.Tensor,  # (B, ...)
 ) -> torch.Tensor:  # (B,) in [-1, 1], in the widest type of the device
     """Cosine of the angle between two predictions, sample by sample; 0 where one of them is
     zero. Source: arXiv 2312.12487."""
@@ -47,7 +47,10 @@ def _pick(mask, a, b):
 
 
 # a tensor with an entry a sample
-def _rowwise(v, n):
+def _rowwise(
+    v,
+    n,  # a tensor with an entry a sample
+):
     return isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == n
 
 
@@ -69,15 +72,23 @@ class _PerTrajectory(Guided):
         self.memories = []
         super().start(grid)
 
-    def memory(self, cond):  # a wrapper around this one may call with two conditions at each time
+    def memory(
+        self,
+        cond,  # a wrapper around this one may call with two conditions at each time
+    ):
         for c, m in self.memories:
             if _same(c, cond):
                 return m
         self.memories = [*self.memories[-3:], (cond, _Memory())]
         return self.memories[-1][1]
 
-    def enter(self, m, t, x, fresh):
-        # what the memory holds from the times above t; `fresh` where there is none
+    def enter(
+        self,
+        m,
+        t,
+        x,
+        fresh,  # what the memory holds from the times above t; `fresh` where there is none
+    ):
         like = x.shape, x.device, x.dtype
         why = None
         if m.t is not None and m.like != like:
@@ -105,8 +116,11 @@ class _PerTrajectory(Guided):
         m.t, m.before, m.now, m.like = t, fresh, fresh, like
         return fresh
 
-    def null_rows(self, cond, n):
-        # {"label": 10} becomes a row a sample where the user's label has one, as in `branch`
+    def null_rows(
+        self,
+        cond,
+        n,  # {"label": 10} becomes a row a sample where the user's label has one, as in `branch`
+    ):
         return {
             k: (
                 torch.full_like(cond[k], v)
@@ -189,7 +203,13 @@ class AdaptiveGuidance(_PerTrajectory):
         for several)."""
         return self.memories[0][1].history if self.memories else []
 
-    def second(self, x, t, cond, rows):  # the unconditional (or bad) prediction, on some rows only
+    def second(
+        self,
+        x,
+        t,
+        cond,
+        rows,  # the unconditional (or bad) prediction, on some rows only
+    ):
         n = len(x)
         over = cond if self.bad is not None else self.null_rows(cond, n)
         return (self.inner if self.bad is None else self.bad)(
@@ -248,18 +268,17 @@ def adaptive(
     denoiser: Denoiser,  # the model to guide
     # 1 is off, as for cfg; a number, one a sample, or a function of time
     scale: float | torch.Tensor | Callable,
-    # whose cosine exceeds it is guided no longer; 1 is cfg, -1 a single guided step, 0.991
-    # the paper's; see `alignment`
+    # whose cosine exceeds it is guided no longer; 1 is cfg, -1 a single guided step, 0.991 the
+    # paper's; see `alignment`
     threshold: float = 0.991,
-    # where the angle is taken; the paper's is "eps", where it is near 1 at the start, too:
-    # give `after`
+    # where the angle is taken; the paper's is "eps", where it is near 1 at the start, too: give
+    # `after`
     space: str = "x0",
-    # nobody leaves at times above 1 - after; on a uniform grid from 1 that is a share of
-    # the steps
+    # nobody leaves at times above 1 - after; on a uniform grid from 1 that is a share of the steps
     after: float = 0.0,
     uncond: dict | None = None,  # a negative prompt; default: the model's null
-    # guide away from this denoiser instead of from the unconditional prediction
-    # (autoguidance, perturbed attention)
+    # guide away from this denoiser instead of from the unconditional prediction (autoguidance,
+    # perturbed attention)
     bad: Denoiser | None = None,
     interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
     batched: bool = True,  # one doubled call where possible, while all samples are guided
@@ -279,8 +298,8 @@ class Alignment(NamedTuple):
 
     def guided(
         self,
-        threshold: float,
-        after: float = 0.0,  # as for `adaptive`  # as for `adaptive`
+        threshold: float,  # as for `adaptive`
+        after: float = 0.0,  # as for `adaptive`
     ) -> torch.Tensor:  # (B,) integers
         """At how many times each sample would be guided: exact, since until it leaves it walks
         the path of full guidance."""
@@ -363,7 +382,9 @@ RULES = ("cfg", "cond", "uncond", "hold", "linear")
 _GUESS = ("hold", "linear")  # rules that extrapolate the unconditional prediction
 
 
-def check_plan(plan: Sequence) -> list:  # one entry a step
+def check_plan(
+    plan: Sequence,  # one entry a step
+) -> list:
     """Raise unless every entry is one of RULES or a number (the scale of that step) and every
     extrapolation has something to start from."""
     if isinstance(plan, str) or not isinstance(plan, Sequence):
@@ -494,8 +515,8 @@ class Policy(_PerTrajectory):
 def policy(
     denoiser: Denoiser,  # the model to guide
     scale: float | torch.Tensor | Callable,  # of the entries "cfg", "hold" and "linear"; 1 is off
-    # one entry a step: "cfg", "cond", "uncond", "hold" or a number, the scale of that step;
-    # or a function from the number of steps to such a list
+    # one entry a step: "cfg", "cond", "uncond", "hold" or a number, the scale of that step; or a
+    # function from the number of steps to such a list
     plan: Sequence | Callable,
     uncond: dict | None = None,  # a negative prompt; default: the model's null
     interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
@@ -528,11 +549,11 @@ class LinearAG(Policy):
         denoiser: Denoiser,  # the model to guide
         scale: float | torch.Tensor | Callable,  # 1 is off, as for cfg
         plan: Sequence | Callable = linear_plan,  # as for `policy`, with entries "linear"
-        # times that the regression looks back; the paper's is all (None), which diverges
-        # on exact models
+        # times that the regression looks back; the paper's is all (None), which diverges on exact
+        # models
         history: int | None = 1,
-        # penalty on the coefficients, relative to the mean square of the regressors; 0 is
-        # ordinary least squares
+        # penalty on the coefficients, relative to the mean square of the regressors; 0 is ordinary
+        # least squares
         ridge: float = 0.0,
         uncond: dict | None = None,  # a negative prompt; default: the model's null
         interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
@@ -556,7 +577,10 @@ class LinearAG(Policy):
     def accept(self, rules):
         return rules
 
-    def _key(self, t):  # the fitted time that is meant, if there is one
+    def _key(
+        self,
+        t,  # the fitted time that is meant, if there is one
+    ):
         k = min(self.coefficients, key=lambda k: abs(k - t), default=math.inf)
         return k if abs(k - t) < 1e-6 else None
 

@@ -20,11 +20,16 @@ from ..core.sampling import DDIM, Solver, sample
 __all__ = ['project', 'clip_norm', 'APG', 'ProjectedGuidance', 'apg', 'Norms', 'update_norms']
 
 # %% ../../nbs/guidance/302_apg.ipynb #b4ee9f50
-def _wide(x):  # norms and projections are done in the widest type the device has
+def _wide(
+    x,  # norms and projections are done in the widest type the device has
+):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def _event(dims, x):  # the dimensions of one sample
+def _event(
+    dims,
+    x,  # the dimensions of one sample
+):
     if dims is None:
         dims = tuple(range(1, x.ndim))
     dims = tuple(
@@ -76,15 +81,14 @@ class APG:
 
     def __init__(
         self,
-        # weight of the part parallel to the good prediction; 1 keeps it whole, 0 is the
-        # paper's choice
+        # weight of the part parallel to the good prediction; 1 keeps it whole, 0 is the paper's
+        # choice
         eta: float = 0.0,
-        # largest norm of the direction, in units of the data; None: no limit; see
-        # `update_norms`
+        # largest norm of the direction, in units of the data; None: no limit; see `update_norms`
         r: float | None = None,
         beta: float = 0.0,  # momentum; the paper's is negative, -0.5 or -0.75; 0 needs no memory
-        # where to do it: "x0" is the paper's; "eps", "v" are what code does that sees raw
-        # outputs only
+        # where to do it: "x0" is the paper's; "eps", "v" are what code does that sees raw outputs
+        # only
         space: str = "x0",
         # dimensions of norms and inner products; default: all but the batch
         dims: tuple[int, ...] | int | None = None,
@@ -182,7 +186,10 @@ class APG:
         )
 
 # %% ../../nbs/guidance/302_apg.ipynb #f455301e
-def _same(a, b):  # two conditions: the same objects, or equal ones
+def _same(
+    a,
+    b,  # two conditions: the same objects, or equal ones
+):
     def equal(v, w):
         if v is w:
             return True
@@ -216,9 +223,12 @@ class ProjectedGuidance(Guided):
             self.shaper.start()
         super().start(grid)
 
-    def memory(self, cond):
+    def memory(
+        self,
         # a wrapper around this one may call with two conditions at each time: each is a trajectory
         # of its own
+        cond,
+    ):
         if not getattr(self.shaper, "beta", 0.0):
             return self.shaper
         for c, s in self.memories:
@@ -268,9 +278,7 @@ class Norms(NamedTuple):
 
     t: torch.Tensor  # (T,) times of the calls
     delta: torch.Tensor  # (T, B) norm of good minus bad
-    # (T, B) signed length of its part along the good prediction: positive makes that prediction
-    # longer
-    parallel: torch.Tensor
+    parallel: torch.Tensor  # (T, B) signed length along the good prediction: + makes it longer
     good: torch.Tensor  # (T, B) norm of the good prediction
 
     def binds(

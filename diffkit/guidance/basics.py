@@ -25,7 +25,10 @@ class MaskedProcess(Process):
 
     gaussian, t_min = False, 0.0
 
-    def __init__(self, vocab: int):  # number of tokens; the mask is token number `vocab`
+    def __init__(
+        self,
+        vocab: int,  # number of tokens; the mask is token number `vocab`
+    ):
         if isinstance(vocab, bool) or not isinstance(vocab, int) or vocab < 2:
             raise ValueError(f"vocab must be an integer of at least 2, got {vocab!r}")
         self.vocab = vocab
@@ -151,7 +154,10 @@ class TableDenoiser(Denoiser):
     """The exact masked denoiser of a joint distribution given as a table: for tests and for
     small studies."""
 
-    def __init__(self, joint: torch.Tensor):  # (V, ..., V), L axes: probability of each sequence
+    def __init__(
+        self,
+        joint: torch.Tensor,  # (V, ..., V), L axes: probability of each sequence
+    ):
         super().__init__()
         if joint.ndim < 1 or len(set(joint.shape)) != 1:
             raise ValueError(

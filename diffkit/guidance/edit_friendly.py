@@ -35,8 +35,8 @@ def noisy_path(
     process: Process,  # the noising process
     x0: torch.Tensor,  # (B, ...) the image, taken as the state at grid[-1]
     grid: torch.Tensor,  # (N + 1,) decreasing times
-    # "independent": each state noised anew, the paper's choice; "forward": each from its
-    # neighbour, as the forward process does
+    # "independent": each state noised anew, the paper's choice; "forward": each from its neighbour,
+    # as the forward process does
     chain: str = "independent",
     generator: torch.Generator | None = None,  # source of the noise
     # (N, B, ...) the unit noise itself, where a result must be reproducible
@@ -85,7 +85,9 @@ class Noise(NamedTuple):
     solver: MultistepSolver  # the update rule that the noises belong to
 
 
-def _noisy(solver):  # a copy of a solver whose draws we can set
+def _noisy(
+    solver,  # a copy of a solver whose draws we can set
+):
     solver = DDIM(1.0) if solver is None else copy.copy(solver)
     if not isinstance(solver, MultistepSolver) or not hasattr(solver, "noise"):
         raise TypeError(
@@ -103,8 +105,8 @@ def _noisy(solver):  # a copy of a solver whose draws we can set
 def invert(
     denoiser: Denoiser,  # the model, guided as it will be under the source condition
     x0: torch.Tensor,  # (B, ...) the images
-    # (N + 1,) decreasing times that end near the data; a later start, grid[k:], keeps more
-    # of the image
+    # (N + 1,) decreasing times that end near the data; a later start, grid[k:], keeps more of the
+    # image
     grid: torch.Tensor,
     # what draws the noise; default: DDIM(eta=1.), the paper's
     solver: MultistepSolver | None = None,
@@ -215,9 +217,7 @@ def ddim_invert(
     x0: torch.Tensor,  # (B, ...) the images
     grid: torch.Tensor,  # (N + 1,) decreasing times, ending above 0: the walk goes up from its end
     cond: dict | None = None,  # what the image shows
-) -> (
-    torch.Tensor
-):  # (B, ...) the state at grid[0] from which `sample` with DDIM() comes back nearly to x0
+) -> torch.Tensor:  # (B, ...) the state at grid[0] from which DDIM() comes back nearly to x0
     """DDIM run backwards, each step with the prediction at its lower end: first order, so not
     exact. Source: Song et al. 2021, section 4.3."""
     times, process = check_run(denoiser, DDIM(), x0, grid, cond), denoiser.process

@@ -23,8 +23,8 @@ __all__ = ['flatten_parts', 'Geometric', 'geometric', 'anneal', 'product', 'Tilt
 
 # %% ../../nbs/guidance/306_fkc.ipynb #4824486a
 def flatten_parts(
-    prediction: Prediction,
-    exponent: float | torch.Tensor = 1.0,  # any prediction  # of the whole
+    prediction: Prediction,  # any prediction
+    exponent: float | torch.Tensor = 1.0,  # of the whole
 ) -> list[tuple[float | torch.Tensor, Prediction]]:  # (exponent, prediction) of each leaf
     "The leaves of nested parts, with the product of the exponents on the way down."
     if prediction.parts is None:
@@ -39,9 +39,8 @@ class Geometric(Denoiser):
         self,
         denoisers: Sequence[Denoiser],
         exponents: Sequence[float | torch.Tensor],
-        conds: Sequence[dict] | None = None,
+        conds: Sequence[dict] | None = None,  # as for `geometric`
     ):
-        # as for `geometric`
         super().__init__()
         denoisers, exponents = list(denoisers), list(exponents)
         conds = [{} for _ in denoisers] if conds is None else list(conds)
@@ -143,7 +142,9 @@ def product(
     return Geometric(denoisers, [beta] * len(denoisers), conds)
 
 # %% ../../nbs/guidance/306_fkc.ipynb #0ed5588a
-def _wide(x):  # norms and weights are computed in the widest type the device has
+def _wide(
+    x,  # norms and weights are computed in the widest type the device has
+):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -211,22 +212,26 @@ class Tilted(Guided):
 def tilt(
     denoiser: Denoiser,  # the model, guided or not
     reward: Callable,  # differentiable: states x (B, ...) at any noise level -> (B,)
-    # b at time 0, growing like alpha^2 / (alpha^2 + sigma^2); or your own function of time, 0
-    # at the start
+    # b at time 0, growing like alpha^2 / (alpha^2 + sigma^2); or your own function of time, 0 at
+    # the start
     strength: float | Callable = 1.0,
 ) -> Tilted:
     "The denoiser of `q_t(x) exp(b_t r(x))`: at time 0 the model, tilted by a reward."
     return Tilted(denoiser, reward, strength)
 
 
-def _split(prediction):  # scores, rewards
+def _split(
+    prediction,  # scores, rewards
+):
     every = flatten_parts(prediction)
     return [e for e in every if "reward" not in e[1].extra], [
         e for e in every if "reward" in e[1].extra
     ]
 
 
-def weight_rate(prediction: Prediction) -> torch.Tensor:  # of a denoiser with parts  # (B,) float64
+def weight_rate(
+    prediction: Prediction,  # of a denoiser with parts
+) -> torch.Tensor:  # (B,) float64
     """`|eps|^2 - sum_i gamma_i |eps_i|^2`, what a log-weight gains per unit of log_snr; rewards
     add their inner product. Source: arXiv 2503.02819."""
     scores, rewards = _split(prediction)
@@ -251,8 +256,11 @@ class Terms(NamedTuple):
     rewards: list  # (m, function of time b, (B,) reward r)
 
 
-def _gaussian(prediction, match):
+def _gaussian(
+    prediction,
     # x_t minus the mean, and the share of noise in the variance, if the data were one Gaussian
+    match,
+):
     (mean, std), a, s, x = match, prediction.alpha, prediction.sigma, prediction.x
     return x - a * (mean.to(x) if isinstance(mean, torch.Tensor) else mean), s * s / (
         a * a * float(std) ** 2 + s * s
@@ -261,8 +269,7 @@ def _gaussian(prediction, match):
 
 def weight_terms(
     prediction: Prediction,  # of a denoiser with parts
-    # (mean, standard deviation) of the data: adds the drift that is exact for one such
-    # Gaussian
+    # (mean, standard deviation) of the data: adds the drift that is exact for one such Gaussian
     match: tuple | None = None,
 ) -> Terms:
     "What multiplies d lambda, d log alpha and db in the growth of a log-weight."
@@ -299,7 +306,9 @@ def drift(
     return out + expand(sum(w for w, _ in scores) - 1, p.x) * rho * away
 
 # %% ../../nbs/guidance/306_fkc.ipynb #01992279
-def ess(log_w: torch.Tensor) -> torch.Tensor:  # (..., N) log-weights, up to a constant  # (...)
+def ess(
+    log_w: torch.Tensor,  # (..., N) log-weights, up to a constant
+) -> torch.Tensor:  # (...)
     "Effective sample size, between 1 and N."
     return 1 / log_w.softmax(-1).square().sum(-1)
 
@@ -346,10 +355,9 @@ def fkc_prior(
     process: Process,  # of the models
     shape: tuple,  # (B, ...)
     exponents: float | Sequence[float],  # those of the mixture, or their sum; guidance: 1
-    # as for `Process.prior`
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,  # as for `Process.prior`
     t: float | None = None,  # start time; default: the process's t_max
 ) -> torch.Tensor:
     """Where a geometric mixture starts: `N(0, sigma^2 / sum(exponents))`, right where alpha is
@@ -386,27 +394,27 @@ class FKC(Solver):
 
     def __init__(
         self,
-        # noise of the SDE; 1 is the paper's "target score", beta^-0.5 its "tempered
-        # noise"; 1.5 to 2 mixes better, and needs more steps
+        # noise of the SDE; 1 is the paper's "target score", beta^-0.5 its "tempered noise"; 1.5 to
+        # 2 mixes better, and needs more steps
         zeta: float = 1.0,
         # "systematic", "multinomial", "birth_death", or None: carry weights to the end
         resample: str | None = "systematic",
-        # resample a group when its effective size is below this share; 1: every step, as
-        # the official code
+        # resample a group when its effective size is below this share; 1: every step, as the
+        # official code
         ess: float = 0.5,
-        # which rows are samples of one law: a number of equal blocks, or (B,) integers;
-        # None: all rows (of one condition, where `sample` tells)
+        # which rows are samples of one law: a number of equal blocks, or (B,) integers; None: all
+        # rows (of one condition, where `sample` tells)
         groups: int | torch.Tensor | None = None,
-        # standard deviation of the data around a prediction, for the accuracy of a step; 0
-        # for images
+        # standard deviation of the data around a prediction, for the accuracy of a step; 0 for
+        # images
         std: float = 0.0,
-        # (mean, standard deviation) of the data: a drift that calms the weights where
-        # exponents do not sum to 1
+        # (mean, standard deviation) of the data: a drift that calms the weights where exponents do
+        # not sum to 1
         match: tuple | None = None,
         # times between which weights grow; less than (0, 1) is a bias for less variance
         active: tuple[float, float] = (0.0, 1.0),
-        # limit of a step's centred increment of log w (the official image sampler: 1); a
-        # bias, None: no limit
+        # limit of a step's centred increment of log w (the official image sampler: 1); a bias,
+        # None: no limit
         clip: float | None = None,
         final: bool = True,  # resample before the last step, so that what comes out is unweighted
         missing: str = "refuse",  # predictions without parts: "refuse", or "ignore": weight 0
@@ -480,7 +488,11 @@ class FKC(Solver):
         "Estimate of log Z_0 - log Z_start, with Z_t the integral of `prod q_i^gamma_i`."
         return self.gone + self._mean(self._grouped(self.log_weight))
 
-    def _layout(self, x, cond):  # rows of each group as a (groups, size) table, short groups padded
+    def _layout(
+        self,
+        x,
+        cond,  # rows of each group as a (groups, size) table, short groups padded
+    ):
         B, g = len(x), self.groups
         if g is None:
             keys = [
@@ -506,14 +518,23 @@ class FKC(Solver):
         self.real = torch.arange(self.table.shape[1], device=x.device) < size[:, None]
 
     # (B,) -> (groups, size)
-    def _grouped(self, v):
+    def _grouped(
+        self,
+        v,  # (B,) -> (groups, size)
+    ):
         return v[self.table].masked_fill(~self.real, -math.inf)
 
     # log of the mean weight of each group
-    def _mean(self, v):
+    def _mean(
+        self,
+        v,  # log of the mean weight of each group
+    ):
         return v.logsumexp(1) - self.size.log()
 
-    def _check(self, p):  # exponents: known, constant in time, equal within a group
+    def _check(
+        self,
+        p,  # exponents: known, constant in time, equal within a group
+    ):
         if p.parts is None and self.missing == "refuse":
             raise ValueError(
                 "FKC got a prediction without parts, and can't know what was done to its score. For"
@@ -549,7 +570,12 @@ class FKC(Solver):
             )
         self.gammas = g
 
-    def _increment(self, p, t, s):  # of log w over the interval behind, and of the last one ahead
+    def _increment(
+        self,
+        p,
+        t,
+        s,  # of log w over the interval behind, and of the last one ahead
+    ):
         now, at = (
             weight_terms(p, self.match),
             lambda t: (float(self.process.log_snr(t)), float(self.process.alpha(t))),
@@ -577,7 +603,10 @@ class FKC(Solver):
         self.before = t, now
         return inc
 
-    def _choose(self, inc):  # (groups, size) columns that survive, or None for all
+    def _choose(
+        self,
+        inc,  # (groups, size) columns that survive, or None for all
+    ):
         g = self.generator
         rand = lambda shape: torch.rand(
             shape, generator=g, device=g.device if g else inc.device, dtype=self.log_weight.dtype
@@ -674,8 +703,13 @@ class FKC(Solver):
                 ),
             )
 
-    def _move(self, p, x, t, s):
-        # the SDE over one step, exact if the data near the particle are N(prediction, std^2)
+    def _move(
+        self,
+        p,
+        x,
+        t,
+        s,  # the SDE over one step, exact if the data near the particle are N(prediction, std^2)
+    ):
         wide = lambda v: expand(v, x).to(x.dtype)
         a0, s0, a1, s1 = (
             float(v)

@@ -23,12 +23,10 @@ __all__ = ['minority_score', 'quantile_labels', 'mixture_classifier', 'minority'
 def minority_score(
     denoiser: Denoiser,  # the model, not guided
     x0: torch.Tensor,  # (B, ...) clean samples
-    # how much noise, in (0, 1]; the one choice that matters, see the curve in this
-    # notebook
+    # how much noise, in (0, 1]; the one choice that matters, see the curve in this notebook
     t: float = 0.2,
     n: int = 16,  # draws of noise; the smaller t, the more are needed
-    # "mse": squared distance, summed; or a function of two batches -> (B,), e.g. of
-    # features
+    # "mse": squared distance, summed; or a function of two batches -> (B,), e.g. of features
     distance: str | Callable = "mse",
     generator: torch.Generator | None = None,  # source of the noise
     batch: int = 4096,  # rows evaluated at once
@@ -199,8 +197,10 @@ def minority(
 class BinClassifier(nn.Module):
     "A network of noisy states as the classifier of `minority`: `(x, t, **cond) -> (B, L)` logits."
 
-    def __init__(self, net: nn.Module):
-        # called with x (B, ...), times (B,) and the conditions as keywords
+    def __init__(
+        self,
+        net: nn.Module,  # called with x (B, ...), times (B,) and the conditions as keywords
+    ):
         super().__init__()
         self.net = net
 

@@ -44,8 +44,14 @@ def _cross():
     )
 
 
-def _torch_values(m, query, key, value, *args, **kwargs):
-    # nn.MultiheadAttention; masks do not matter to a token that sees itself
+def _torch_values(
+    m,
+    query,
+    key,
+    value,
+    *args,
+    **kwargs,  # nn.MultiheadAttention; masks do not matter to a token that sees itself
+):
     if _crossed(query, key):
         raise _cross()
     if m.bias_k is not None or m.add_zero_attn:
@@ -68,9 +74,8 @@ def _projected_values(
     attention_mask=None,
     temb=None,
     context=None,
-    **kwargs,
+    **kwargs,  # to_q, to_k, to_v, to_out
 ):
-    # to_q, to_k, to_v, to_out
     if _crossed(hidden_states, encoder_hidden_states) or _crossed(hidden_states, context):
         raise _cross()
     x = h = hidden_states
@@ -100,8 +105,8 @@ _verified = weakref.WeakSet()  # layers whose reader has been seen to be right
 
 def register_attention(
     cls: type,  # the class of the attention layer, an nn.Module
-    # (layer, *its forward's arguments) -> (value tokens (B, N, D), what the
-    # layer does to tokens afterwards)
+    # (layer, *its forward's arguments) -> (value tokens (B, N, D), what the layer does to tokens
+    # afterwards)
     values: Callable,
 ) -> None:
     "Teach `perturb_attention` a kind of attention layer."
@@ -115,7 +120,9 @@ def register_attention(
     _readers[cls] = values
 
 
-def _reader(m):  # the function that reads a layer, or None
+def _reader(
+    m,  # the function that reads a layer, or None
+):
     for c in type(m).__mro__:
         if c in _readers:
             return _readers[c]
@@ -185,8 +192,13 @@ def attention_layers(
     return [k for k in found if any(hit(p, k) for p in patterns)]
 
 # %% ../../nbs/guidance/303_pag.ipynb #a5eef32a
-def _verify(m, name, read, args, kwargs):
-    # equal tokens: the output of any attention map is that of the value path
+def _verify(
+    m,
+    name,
+    read,
+    args,
+    kwargs,  # equal tokens: the output of any attention map is that of the value path
+):
     x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
     # dropout would differ from call to call
     if m in _verified or m.training or not x.numel() or torch.compiler.is_compiling():
@@ -329,11 +341,11 @@ class PAG(ProjectedGuidance):
 
 def pag(
     denoiser: Denoiser,  # the model to guide
-    # s, 0 is off; a number, one a sample, or a function of time; the papers' defaults are about
-    # 3 with cfg, 3 to 5 without
+    # s, 0 is off; a number, one a sample, or a function of time; the papers' defaults are about 3
+    # with cfg, 3 to 5 without
     scale: float | torch.Tensor | Callable,
-    # patterns, as for `attention_layers`; or a function: module -> context manager in which it
-    # is worse
+    # patterns, as for `attention_layers`; or a function: module -> context manager in which it is
+    # worse
     layers: str | Sequence[str] | Callable,
     # classifier-free guidance beside it, 1 is off; None: only PAG
     cfg_scale: float | torch.Tensor | Callable | None = None,

@@ -23,8 +23,7 @@ __all__ = ['class_energy', 'distance_energy', 'LatentFlow', 'PromptGen', 'fit_mo
 def class_energy(
     classifier: Callable,  # x -> (B, classes) logits, differentiable
     label: int,  # the wanted class
-    # added to the probability, so that a hopeless sample has a finite energy; the
-    # official code's
+    # added to the probability, so that a hopeless sample has a finite energy; the official code's
     floor: float = 1e-8,
 ) -> Callable:  # x -> (B,)
     """`-log(p(label | x) + floor)`: with weight 1 its posterior is Bayes' rule. Source: arXiv
@@ -98,8 +97,7 @@ class LatentFlow(nn.Module):
         blocks: int = 8,  # coupling blocks; the paper's number
         hidden: int = 256,  # hidden units of a block's network; the paper's number
         clamp: float = 2.0,  # largest log-scale of a block; the paper's
-        # numbers of a code that every block sees: a family of controls in one network,
-        # e.g. a pose
+        # numbers of a code that every block sees: a family of controls in one network, e.g. a pose
         cond_dim: int = 0,
         seed: int = 0,  # of the fixed rotations and of the weights' start
     ):
@@ -135,8 +133,8 @@ class LatentFlow(nn.Module):
 
     def forward(
         self,
-        eps: torch.Tensor,
-        code: torch.Tensor | None = None,  # (B, dim)  # (B, cond_dim)
+        eps: torch.Tensor,  # (B, dim)
+        code: torch.Tensor | None = None,  # (B, cond_dim)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, dim) latents, (B,) log-determinants
         self._check(eps, code)
         total = eps.new_zeros(len(eps))
@@ -147,8 +145,8 @@ class LatentFlow(nn.Module):
 
     def inverse(
         self,
-        z: torch.Tensor,
-        code: torch.Tensor | None = None,  # (B, dim)  # (B, cond_dim)
+        z: torch.Tensor,  # (B, dim)
+        code: torch.Tensor | None = None,  # (B, cond_dim)
     ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, dim), (B,) log-determinants of the inverse
         "Back from latents to noise."
         self._check(z, code)

@@ -74,8 +74,7 @@ class SoftValue:
 
     # True: called with the prediction at (x, t), which costs one evaluation for each candidate
     needs_prediction = False
-    # x_0 (B, ...) -> (B,), where it is known: the value at time 0, used in the last step
-    reward: Callable | None = None
+    reward: Callable | None = None  # x_0 (B, ...) -> (B,), if known: the value at time 0
 
     def start(
         self, process: Process, alpha: float, generator: torch.Generator | None = None
@@ -101,8 +100,8 @@ class PosteriorMean(SoftValue):
         self,
         # clean samples (B, ...) -> (B,): a tensor, an array or a list; any black box
         reward: Callable,
-        # tokens only: 0 rewards the most probable completion (the official code); n
-        # rewards n random ones and takes their soft mean
+        # tokens only: 0 rewards the most probable completion (the official code); n rewards n
+        # random ones and takes their soft mean
         completions: int = 0,
     ):
         if not callable(reward):
@@ -145,7 +144,10 @@ def per_sample(
     )
 
 
-def _numbers(out, x):  # what a reward or a value returned, as one float64 number a row
+def _numbers(
+    out,
+    x,  # what a reward or a value returned, as one float64 number a row
+):
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     v = torch.as_tensor(out).detach().to(x.device, wide)
     if v.shape != (len(x),):
@@ -169,8 +171,8 @@ class MonteCarloValue(SoftValue):
     def __init__(
         self,
         net: nn.Module,  # (x (B, ...), t (B,)) -> (B,)
-        # False: least squares, which estimates E[r | x_t], a lower bound of the soft
-        # value; True: the soft value itself, noisier for small alpha
+        # False: least squares, which estimates E[r | x_t], a lower bound of the soft value; True:
+        # the soft value itself, noisier for small alpha
         exp: bool = False,
         alpha: float = 1.0,  # temperature of the soft value, for exp=True
     ):
@@ -218,8 +220,8 @@ class MonteCarloValue(SoftValue):
 
     def fit(
         self,
-        # whose samples are predicted: the unguided model under the solver that SVDD will wrap
         denoiser: Denoiser,
+        # whose samples are predicted: the unguided model under the solver that SVDD will wrap
         solver: Solver,
         x: torch.Tensor,  # (n, ...) starts at grid[0]: n paths
         grid: torch.Tensor,  # (steps + 1,) times
@@ -323,9 +325,14 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
             " would be equal; take DDIM(eta=1.), Ancestral() or, for tokens, Unmask()"
         )
 
-    def _probe(self, x, t, s):
+    def _probe(
+        self,
+        x,
+        t,
         # does a solver that is no table draw random numbers? One step of one row, on a prediction
         # that needs no network
+        s,
+    ):
         if self.i or not len(x) or isinstance(self.solver, MultistepSolver):
             return
         g = torch.Generator(x.device).manual_seed(0)
@@ -346,14 +353,23 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
             self._refuse()
         self.solver.start(self.process, grid, self.generator)
 
-    def _propose(self, denoise, x, t, s, m):
-        # (B m, ...) candidates at s, m for each row, from one prediction
+    def _propose(
+        self,
+        denoise,
+        x,
+        t,
+        s,
+        m,  # (B m, ...) candidates at s, m for each row, from one prediction
+    ):
         self._probe(x, t, s)
         known, self.ready, self.i = self.ready, None, self.i + 1
 
-        def ask(y, u):
+        def ask(
+            y,
             # what the inner solver takes for the model; one that asks at a time of its own pays for
             # a new evaluation
+            u,
+        ):
             if isinstance(u, torch.Tensor) and u.ndim:
                 return denoise(x, u[::m]).repeat(m)
             p = known if known is not None and known.t == u else denoise(x, u)
@@ -364,8 +380,13 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
         self.solver.reindex(torch.arange(len(x), device=x.device).repeat_interleave(m))
         return self.solver.step(ask, x.repeat_interleave(m, 0), t, s)
 
-    def _judge(self, denoise, y, s, m):
-        # (B m,) values of candidates, and the predictions that were made for them
+    def _judge(
+        self,
+        denoise,
+        y,
+        s,
+        m,  # (B m,) values of candidates, and the predictions that were made for them
+    ):
         done, reward = self.i >= len(self.times) - 1, getattr(self.value, "reward", None)
         p, value = None, self.value
         if done and self.clean and reward is not None:
@@ -390,7 +411,11 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
                 p,
             )
 
-    def _go_on(self, p, rows):  # what was made for all candidates is kept for those that go on
+    def _go_on(
+        self,
+        p,
+        rows,  # what was made for all candidates is kept for those that go on
+    ):
         self.solver.reindex(rows)
         self.ready = None if p is None else p.index(rows)
 
@@ -406,17 +431,17 @@ class SVDD(_Valued):
 
     def __init__(
         self,
-        # stochastic, one evaluation a step: DDIM(eta=1.), Ancestral(), EulerMaruyama(),
-        # Unmask(), ...
+        # stochastic, one evaluation a step: DDIM(eta=1.), Ancestral(), EulerMaruyama(), Unmask(),
+        # ...
         solver: Solver,
         # PosteriorMean(reward), MonteCarloValue(net), or any function (x, t) -> (B,)
         value: SoftValue | Callable,
-        # candidates a step; 1 is the inner solver; the official code has 20 for images and
-        # 10 for sequences
+        # candidates a step; 1 is the inner solver; the official code has 20 for images and 10 for
+        # sequences
         M: int = 20,
         alpha: float = 1.0,  # temperature, in units of the reward; 0 takes the best candidate
-        # "sample": in proportion to exp(value / alpha); "argmax": the best, as the
-        # official code does
+        # "sample": in proportion to exp(value / alpha); "argmax": the best, as the official code
+        # does
         select: str = "sample",
         # largest number of candidates in one call of the value; None: all
         chunk: int | None = None,
@@ -428,7 +453,10 @@ class SVDD(_Valued):
             raise ValueError(f"select must be sample or argmax, got {select!r}")
         self.M, self.select, self.evals_per_step = M, select, M if self.looks else 1
 
-    def evals(self, n_steps):  # of rows a sample, which is what costs
+    def evals(
+        self,
+        n_steps,  # of rows a sample, which is what costs
+    ):
         known = self.clean and getattr(self.value, "reward", None) is not None
         return 1 + self.M * (n_steps - known) if self.looks and self.M > 1 else n_steps
 

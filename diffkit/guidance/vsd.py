@@ -35,12 +35,10 @@ def score_distill_grad(
     x: torch.Tensor,  # (B, ...) clean renderings
     t: torch.Tensor | float,  # time(s) in (0, 1), shape () or (B,)
     eps: torch.Tensor,  # (B, ...) the noise to add to x
-    # denoiser of the renderings' own distribution; None: each rendering is
-    # alone, which is SDS
+    # denoiser of the renderings' own distribution; None: each rendering is alone, which is SDS
     q: Denoiser | None = None,
-    # omega: one of WEIGHTS, or a function (alpha, sigma) -> weight; sigma^2 is
-    # the paper's
     *,
+    # omega: one of WEIGHTS, or a function (alpha, sigma) -> weight; sigma^2 is the paper's
     weight: str | Callable = "sigma2",
     cond: dict | None = None,  # conditions for the prior
     q_cond: dict | None = None,  # conditions for q, e.g. the view
@@ -93,8 +91,7 @@ def ParticleDenoiser(
     process: Process | None = None,  # that of the prior; default: VP()
     # standard deviation of a kernel on every particle; 0: the particles themselves
     scale: float = 0.0,
-    # (n,) integers, particles of one number form one distribution; then call with
-    # label=group
+    # (n,) integers, particles of one number form one distribution; then call with label=group
     group: torch.Tensor | None = None,
 ) -> MixtureDenoiser:
     """The exact denoiser of finitely many particles: their noised law is a mixture of as many
@@ -102,8 +99,11 @@ def ParticleDenoiser(
     return MixtureDenoiser(GaussianMixture.kde(renderings.detach(), scale, group), process)
 
 # %% ../../nbs/guidance/309_vsd.ipynb #d04eba4d
-def _randn(shape, like, generator):
-    # drawn where the generator is, so that one seed gives one result on every device
+def _randn(
+    shape,
+    like,
+    generator,  # drawn where the generator is, so that one seed gives one result on every device
+):
     return torch.randn(
         shape,
         generator=generator,
@@ -139,9 +139,7 @@ def lora(
     module: nn.Module,  # changed in place: hand in a copy.deepcopy of what you want to keep
     rank: int = 4,  # of the update; small, since the particles are few
     generator: torch.Generator | None = None,  # of the start
-) -> (
-    nn.Module
-):  # the same module; only the low-rank updates of its linear and convolution layers can be trained
+) -> nn.Module:  # the same module; only the low-rank updates of its layers can be trained
     """Freeze a network and give each linear and convolution layer a trainable low-rank update,
     which is zero at the start."""
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -170,8 +168,8 @@ class LearnedScore(Denoiser):
 
     def __init__(
         self,
-        # a network, or a denoiser with a `loss`, e.g. lora(copy.deepcopy(prior)); what
-        # requires a gradient is trained
+        # a network, or a denoiser with a `loss`, e.g. lora(copy.deepcopy(prior)); what requires a
+        # gradient is trained
         net: nn.Module | Denoiser,
         process: Process | None = None,  # for a network: the prior's
         # of AdamW; 1e-4 is the paper's for 25,000 steps, a run of 1,000 wants more
@@ -283,14 +281,20 @@ class VoxelScene:
         )
 
 # %% ../../nbs/guidance/309_vsd.ipynb #f23d93b4
-def _base(denoiser):  # the network under all wrappers
+def _base(
+    denoiser,  # the network under all wrappers
+):
     while isinstance(getattr(denoiser, "inner", None), Denoiser):
         denoiser = denoiser.inner
     return denoiser
 
 
-def _rows(cond, n, device, name):
-    # plain integers (labels) become one row a particle, so that guidance can batch them
+def _rows(
+    cond,
+    n,
+    device,
+    name,  # plain integers (labels) become one row a particle, so that guidance can batch them
+):
     if not isinstance(cond, dict):
         raise TypeError(f"{name} must hold a dict of conditions for each view, got {cond!r}")
     out = {
@@ -318,13 +322,12 @@ def distill(
     render: Callable | None = None,
     *,
     method: str = "vsd",  # "vsd", or "sds" for the special case of lone particles
-    # "learned": LoRA copy of the prior's network; "exact": the particles themselves; or a
-    # denoiser, trained along if it has `update`
+    # "learned": LoRA copy of the prior's network; "exact": the particles themselves; or a denoiser,
+    # trained along if it has `update`
     q: str | Denoiser = "learned",
     # number of views, or the prior's conditions for each, e.g. [{"label": 3}, {"label": 1}]
     views: int | Sequence[dict] = 1,
-    # conditions of q for each view, if others than the prior's, e.g. [{"view": 0}, {"view":
-    # 1}]
+    # conditions of q for each view, if others than the prior's, e.g. [{"view": 0}, {"view": 1}]
     q_views: Sequence[dict] | None = None,
     steps: int = 1000,  # iterations; the paper's 25,000 are for one random view of a NeRF each
     # of the particles; for pixels and logits of unit scale. The paper's NeRF: 1e-3
@@ -334,8 +337,8 @@ def distill(
     anneal_at: float = 0.2,
     t_max_late: float = 0.5,  # largest time then
     weight: str | Callable = "sigma2",  # omega, see score_distill_grad
-    # training steps of a learned q on the initial particles; needed where the prior has
-    # little guidance
+    # training steps of a learned q on the initial particles; needed where the prior has little
+    # guidance
     warmup: int = 0,
     cooldown: float = 0.0,  # share of the steps in which lr falls linearly to 0; 0 is the paper's
     scale: float = 0.0,  # kernel of q="exact"

@@ -162,7 +162,10 @@ class _Plan:
             torch.tensor(method.c, dtype=torch.float64),
         )
 
-        def nodes(a, b):  # of the stages between the grid's points a and b
+        def nodes(
+            a,
+            b,  # of the stages between the grid's points a and b
+        ):
             if not len(a):
                 return []  # the grid is nothing but jumps
             r = rho[a, None] + c * (rho[b] - rho[a])[:, None]
@@ -219,7 +222,10 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
             cache_enabled=False,
         )
 
-    def field(self, leaves):  # the ODE's right side, and the jump, with these tensors as conditions
+    def field(
+        self,
+        leaves,  # the ODE's right side, and the jump, with these tensors as conditions
+    ):
         f = RhoField(
             self.denoiser,
             _map(lambda v: leaves[v] if isinstance(v, _Slot) else v, self.cond),
@@ -236,7 +242,12 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
 
         return eps, jump
 
-    def down(self, x, leaves, keep_all=False):  # -> the sample, the states that the way back needs
+    def down(
+        self,
+        x,
+        leaves,
+        keep_all=False,  # -> the sample, the states that the way back needs
+    ):
         (eps, jump), p = self.field(leaves), self.plan
         x = x.to(self.work)
         z = (jump(x, *p.head) if p.head else x) / p.alpha[0]
@@ -247,8 +258,13 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
         x = p.alpha[1] * z
         return (jump(x, *p.tail) if p.tail else x).to(self.dtype), states
 
-    def up(self, x, states, tensors, v):
-        # gradient v at the sample -> gradients at x and at the tensors
+    def up(
+        self,
+        x,
+        states,
+        tensors,
+        v,  # gradient v at the sample -> gradients at x and at the tensors
+    ):
         cond = [c.detach().requires_grad_() for c in tensors[: self.n_cond]]
         wrt, total, p = [*cond, *self.params], [None] * len(tensors), self.plan
         eps, jump = self.field(cond)
@@ -258,9 +274,14 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
             [],
         )
 
-        def vjp(f, z, a, weight=1.0):
+        def vjp(
+            f,
+            z,
+            a,
             # f(z), its vector-Jacobian product with a; the share of the tensors is added to the
             # total
+            weight=1.0,
+        ):
             with torch.enable_grad():
                 z = z.detach().requires_grad_()
                 y = f(z)
@@ -281,8 +302,11 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
                     total[i] = d * weight if total[i] is None else total[i].add_(d, alpha=weight)
             return y.detach(), torch.zeros_like(z) if g is None else g
 
-        def augmented(s, node, weight):
-            # d(z, a)/drho = (eps, -a deps/dz); the tensors' gradient is a plain integral
+        def augmented(
+            s,
+            node,
+            weight,  # d(z, a)/drho = (eps, -a deps/dz); the tensors' gradient is a plain integral
+        ):
             e, g = vjp(lambda z: eps(z, node), *s, -weight)
             return e, -g
 
@@ -338,8 +362,11 @@ class _Adjoint(torch.autograd.Function):
         return None, a, *grads
 
 
-def _unlisted(y, known, stop):
-    # tensors in the graph of y that require grad and that nobody asked about
+def _unlisted(
+    y,
+    known,
+    stop,  # tensors in the graph of y that require grad and that nobody asked about
+):
     seen, todo = set(stop), [y.grad_fn]
     while todo:
         n = todo.pop()
@@ -351,7 +378,12 @@ def _unlisted(y, known, stop):
             yield v
 
 
-def _refuse(denoiser, x, times, cond):  # what isn't one function of (x, t) in both passes
+def _refuse(
+    denoiser,
+    x,
+    times,
+    cond,  # what isn't one function of (x, t) in both passes
+):
     if denoiser.stochastic:
         raise ValueError(
             "the denoiser draws noise of its own, so that the way back would see another function:"
@@ -387,17 +419,16 @@ def adjoint_sample(
     denoiser: Denoiser,  # the model, guided or not
     x: torch.Tensor,  # (B, ...) state at grid[0]
     grid: torch.Tensor,  # (steps + 1,) decreasing times, from time_grid; "log_snr" spacing suits
-    # tensors inside the denoiser to differentiate in; None: its trainable parameters
     *,
+    # tensors inside the denoiser to differentiate in; None: its trainable parameters
     params: Iterable[torch.Tensor] | None = None,
     cond: dict | None = None,  # conditions; every tensor in it that requires grad gets one
     # euler (the official code's), midpoint, heun, rk4, or a Runge-Kutta tableau
     method: str | Tableau = "heun",
-    # adjoint: the paper's; exact: each step recomputed and backpropagated through;
-    # backprop: everything kept
+    # adjoint: the paper's; exact: each step recomputed and backpropagated through; backprop:
+    # everything kept
     gradient: str = "adjoint",
-    # the adjoint's way back: from the forward states, or "recomputed" by solving for
-    # them, too
+    # the adjoint's way back: from the forward states, or "recomputed" by solving for them, too
     states: str = "stored",
     # one more evaluation: return the prediction of x_0 at the last time
     denoise_last: bool = False,

@@ -24,8 +24,7 @@ def reference_trajectory(
     denoiser: Denoiser,  # the model; for substeps=None in float64 and on the processor
     x: torch.Tensor,  # (B, ...) state at grid[0]
     grid: torch.Tensor,  # (steps + 1,) decreasing times
-    # None: adaptive integrator, to rtol; else so many Heun steps, uniform in
-    # log_snr, an interval
+    # None: adaptive integrator, to rtol; else so many Heun steps, uniform in log_snr, an interval
     substeps: int | None = None,
     rtol: float = 1e-9,  # tolerance of the adaptive integrator
     **cond,

@@ -22,9 +22,12 @@ __all__ = ['unipc_row', 'UniPC', 'lagrange_weights', 'DCSolver', 'best_ratio', '
            'cpr_fit', 'cpr_predict']
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #3c976a1f
-def _moments(z, k):
+def _moments(
+    z,
     # k! phi_{k+1}(z) = int_0^1 e^{(1-u) z} u^k du: recursion, and a series where that would lose
     # digits
+    k,
+):
     g, f = torch.expm1(z) / z, 1.0
     for j in range(k):
         g, f = (g - 1 / f) / z, f * (j + 2)
@@ -67,17 +70,15 @@ class UniPC(MultistepSolver):
 
     def __init__(
         self,
-        # predictions in the predictor; with the corrector the order of accuracy is one
-        # higher
+        # predictions in the predictor; with the corrector the order of accuracy is one higher
         order: int = 3,
-        # B(h): "bh2" is e^h - 1 (the default of diffusers), "bh1" is h (for unguided
-        # sampling)
+        # B(h): "bh2" is e^h - 1 (the default of diffusers), "bh1" is h (for unguided sampling)
         variant: str = "bh2",
         corrector: bool = True,  # False is UniP, the predictor alone
         # steps whose result is not corrected, e.g. (0,) under strong guidance
         skip_corrector: Sequence[int] = (),
-        # drop to order 1 towards the end: True (as diffusers), False, or where the last
-        # step is over twice the one before
+        # drop to order 1 towards the end: True (as diffusers), False, or where the last step is
+        # over twice the one before
         lower_order_final: bool | str = "auto",
     ):
         if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -212,12 +213,11 @@ class DCSolver(UniPC):
         axis: str = "time",  # interpolate in "time" (the paper) or in "log_snr"
         # the grid on which the ratios were found: any other is refused
         times: Sequence[float] | None = None,
-        # as UniPC
         order: int = 2,
         variant: str = "bh2",
         corrector: bool = True,
         skip_corrector: Sequence[int] = (),
-        lower_order_final: bool | str = "auto",
+        lower_order_final: bool | str = "auto",  # as UniPC
     ):
         super().__init__(order, variant, corrector, skip_corrector, lower_order_final)
         if isinstance(dc_order, bool) or not isinstance(dc_order, int) or not 1 <= dc_order <= 4:
@@ -344,7 +344,13 @@ def best_ratio(
     return float(min([1.0, *inside, *filter(math.isfinite, bounds)], key=loss))  # ties go to 1
 
 
-def _start(denoiser, solver, x, grid, reference):  # checks, and the reference as a tensor
+def _start(
+    denoiser,
+    solver,
+    x,
+    grid,
+    reference,  # checks, and the reference as a tensor
+):
     if not isinstance(solver, DCSolver):
         raise TypeError(f"solver must be a DCSolver, got {solver!r}")
     times = check_grid(grid).tolist()
@@ -368,14 +374,12 @@ def search_ratios(
     x: torch.Tensor,  # (B, ...) starts; ten are enough
     grid: torch.Tensor,  # (steps + 1,) times
     reference: torch.Tensor | Callable,  # (steps + 1, B, ...) states of the exact path, or t -> x_t
-    # of AdamW a step, where the solver has a corrector; 0: the closed form only
     *,
-    iters: int = 40,
+    iters: int = 40,  # of AdamW a step, where the solver has a corrector; 0: the closed form only
     lr: float = 0.1,  # of AdamW
     # of a ratio: a parabola takes a value twice, and its far side spoils the history
     bounds: tuple[float, float] = (0.0, 3.0),
-    # filled with "before" and "after": the loss of each step at ratio 1 and at the
-    # one found
+    # filled with "before" and "after": the loss of each step at ratio 1 and at the one found
     verbose: dict | None = None,
     **cond,
 ) -> list[float]:  # one ratio a step
@@ -398,9 +402,15 @@ def search_ratios(
         with torch.no_grad():
             new = denoiser(x, t, **cond)
 
-        def branch(ratio, i=i, u=u, x=x, new=new):
+        def branch(
+            ratio,
+            i=i,
+            u=u,
+            x=x,
             # the step from here at any ratio; histories are replaced, never changed, so a shallow
             # copy is a branch
+            new=new,
+        ):
             trial = copy.copy(s)
             trial.compensations = [
                 *s.compensations[:i],
@@ -409,7 +419,11 @@ def search_ratios(
             ]
             return trial, trial.advance(new, x, u)
 
-        def loss(ratio, i=i, u=u):  # of the corrected point: one evaluation
+        def loss(
+            ratio,
+            i=i,
+            u=u,  # of the corrected point: one evaluation
+        ):
             trial, y = branch(ratio)
             p = denoiser(y, u, **cond)
             if y.requires_grad and not p.native.requires_grad:
@@ -453,7 +467,10 @@ def search_ratios(
     return s.ratios
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #a61f03bb
-def _features(nfe, scale):  # (steps, 36): (n / N)^i (w / 12)^j (N / 50)^k, n counted from 1
+def _features(
+    nfe,
+    scale,  # (steps, 36): (n / N)^i (w / 12)^j (N / 50)^k, n counted from 1
+):
     n = torch.arange(1, nfe + 1, dtype=torch.float64) / nfe
     p = lambda v, k: v ** torch.arange(k, dtype=torch.float64)
     return (

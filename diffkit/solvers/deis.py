@@ -59,8 +59,11 @@ CLOCKS = {  # basis -> the clock as a function of log_snr
 _X, _W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
 
-def _panels(a, b, cuts):
-    # split every interval [a_i, b_i] at the cuts inside: (owner, from, to) of each panel
+def _panels(
+    a,
+    b,
+    cuts,  # split every interval [a_i, b_i] at the cuts inside: (owner, from, to) of each panel
+):
     first, last = torch.searchsorted(cuts, a, right=True), torch.searchsorted(cuts, b)
     count = last - first + 1
     owner = torch.repeat_interleave(torch.arange(len(a), device=a.device), count)
@@ -136,12 +139,12 @@ class DEIS(MultistepSolver):
         order: int = 4,  # predictions a step uses, 1 to 6: 1 is DDIM, 4 is the paper's tAB3
         # clock of the polynomial: "t" (the paper's), "rho", "log_rho" (diffusers'), "flow"
         basis: str = "t",
-        # what is extrapolated: "eps", "flow" (eps - x0) or "x0"; default: "flow" with
-        # basis "flow", else "eps"
+        # what is extrapolated: "eps", "flow" (eps - x0) or "x0"; default: "flow" with basis "flow",
+        # else "eps"
         form: str | None = None,
         lower_order_final: bool = False,  # drop to order 1 towards the end
-        # at least 1: lower the order of a step that may amplify errors of the predictions
-        # by more; equal steps have 23 at most; 3 to 5 is cautious; None is off
+        # at least 1: lower the order of a step that may amplify errors of the predictions by more;
+        # equal steps have 23 at most; 3 to 5 is cautious; None is off
         max_gain: float | None = 30.0,
     ):
         if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 6:
@@ -255,8 +258,8 @@ class RhoRK(Solver):
     def __init__(
         self,
         tableau: str = "3kutta",  # one of TABLEAUX
-        # "eps": the clock is rho, as in the paper; "flow": sigma / (alpha + sigma), better
-        # at few steps; "x0": alpha / sigma
+        # "eps": the clock is rho, as in the paper; "flow": sigma / (alpha + sigma), better at few
+        # steps; "x0": alpha / sigma
         form: str = "eps",
     ):
         if tableau not in TABLEAUX:

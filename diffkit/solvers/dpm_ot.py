@@ -21,7 +21,10 @@ __all__ = ['SemiDiscreteOT', 'mass_bound', 'noised_targets', 'novelty', 'identit
 _ELEMENTS = 2**24  # entries of the largest table at a time: 64 MB in single precision
 
 
-def _blocks(n, width):  # slices of n rows, of so many rows that a table of that width fits
+def _blocks(
+    n,
+    width,  # slices of n rows, of so many rows that a table of that width fits
+):
     k = max(1, _ELEMENTS // max(1, width))
     return [slice(i, min(i + k, n)) for i in range(0, max(n, 1), k)]
 
@@ -34,8 +37,8 @@ class SemiDiscreteOT(nn.Module):
         self,
         targets: torch.Tensor,  # (N, *event) points, all different; N >= 2
         weights: torch.Tensor | None = None,  # (N,) positive, sum 1; None: equal
-        # "normal", "uniform" on [0, 1]^d, a process (its prior), or (n, generator) -> (n,
-        # *event); sampling must start from the same law
+        # "normal", "uniform" on [0, 1]^d, a process (its prior), or (n, generator) -> (n, *event);
+        # sampling must start from the same law
         source: str | Process | Callable = "normal",
     ):
         super().__init__()
@@ -128,11 +131,11 @@ class SemiDiscreteOT(nn.Module):
         return u, torch.cat([o.indices for o in out])
 
     # (B,) index of the target of each point
-    def assign(self, x: torch.Tensor) -> torch.Tensor:
+    def assign(self, x: torch.Tensor) -> torch.Tensor:  # (B,) index of the target of each point
         return self.best(x)[1]
 
     # (B, *event) the map T
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *event) the map T
         return self.targets[self.assign(x)]
 
     def extra_repr(self):
@@ -158,8 +161,8 @@ class SemiDiscreteOT(nn.Module):
 
     def cost(
         self,
-        n: int = 100_000,
-        generator: torch.Generator | None = None,  # source points
+        n: int = 100_000,  # source points
+        generator: torch.Generator | None = None,
     ) -> tuple[float, float]:  # E|x - T(x)|^2, and what any map with the right masses must pay
         "Transport cost and its dual bound, on the same points; equal where all masses are right."
         y2 = self.targets.flatten(1).square().sum(1)
@@ -187,8 +190,8 @@ class SemiDiscreteOT(nn.Module):
         # steps without a better norm until the batch doubles and lr falls by 0.8, at most three
         # times (the release: 50)
         patience: int | None = None,
-        # (n, *event) the source points themselves, all used in every step; then the solved
-        # problem is that of these points
+        # (n, *event) the source points themselves, all used in every step; then the solved problem
+        # is that of these points
         points: torch.Tensor | None = None,
         generator: torch.Generator | None = None,  # of the batches
     ) -> SemiDiscreteOT:  # itself
@@ -280,8 +283,8 @@ def noised_targets(
 
 # %% ../../nbs/solvers/208_dpm_ot.ipynb #dd014364
 def novelty(
-    samples: torch.Tensor,
-    data: torch.Tensor,  # (B, ...)  # (n, ...) what may have been copied
+    samples: torch.Tensor,  # (B, ...)
+    data: torch.Tensor,  # (n, ...) what may have been copied
 ) -> torch.Tensor:  # (B,)
     "Distance of each sample to the nearest data point."
     if samples.shape[1:] != data.shape[1:]:

@@ -18,8 +18,10 @@ from ..core.sampling import MultistepSolver, Node, Row, Solver
 __all__ = ['DPMSolverPP', 'single_step', 'DPMSingle', 'Threshold', 'threshold', 'sample_adaptive']
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #e42c1a86
-def _weights(h, q):
-    # J_0, J_1, J_2: integrals of 1, u, u^2/2 against the exponential kernel of rate q
+def _weights(
+    h,
+    q,  # J_0, J_1, J_2: integrals of 1, u, u^2/2 against the exponential kernel of rate q
+):
     j0 = -torch.expm1(-q * h)
     j1 = 1 - j0 / (q * h)
     return j0, j1, 0.5 - j1 / (q * h)
@@ -35,8 +37,8 @@ class DPMSolverPP(MultistepSolver):
         # order 2: "midpoint" (the paper's) or "taylor" ("heun" in diffusers)
         rule: str = "midpoint",
         form: str = "x0",  # "x0": DPM-Solver++; "eps": DPM-Solver
-        # drop to order 1 towards the end: True, False, or where the last step is over
-        # twice the one before
+        # drop to order 1 towards the end: True, False, or where the last step is over twice the one
+        # before
         lower_order_final: bool | str = "auto",
         # first steps: "low" (order 1, then 2) or "singlestep" (full order, costs order - 1
         # evaluations more a step)
@@ -136,11 +138,24 @@ class DPMSolverPP(MultistepSolver):
         return single_step(denoise, x, t, s, self.process, self.order, self.form, first=new)
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #20da33a2
-def _part(node, process, r, h):  # the node a fraction r into the step
+def _part(
+    node,
+    process,
+    r,
+    h,  # the node a fraction r into the step
+):
     return Node.at(process, process.time(node.lam + r * h))
 
 
-def _move(x, node, target, q, m0, slope=None, midpoint=False):  # x_s = a x + P (J0 m0 + J1 D1)
+def _move(
+    x,
+    node,
+    target,
+    q,
+    m0,
+    slope=None,
+    midpoint=False,  # x_s = a x + P (J0 m0 + J1 D1)
+):
     h = target.lam - node.lam
     j0, j1, _ = _weights(h, q)
     a, P = (
@@ -154,8 +169,11 @@ def _move(x, node, target, q, m0, slope=None, midpoint=False):  # x_s = a x + P 
     )
 
 
-def _inner(denoise, t, like):
-    # call the model at a node's time, as a float where all samples share it
+def _inner(
+    denoise,
+    t,
+    like,  # call the model at a node's time, as a float where all samples share it
+):
     return lambda y, node: denoise(y, node.t if node.t.ndim else node.t.item())
 
 
@@ -164,11 +182,10 @@ def single_step(
     x: torch.Tensor,  # (B, ...) state at t
     t: torch.Tensor | float,
     s: torch.Tensor | float,  # from, to
-    # r: inner point of order 2; default 1/2
     process,
     order: int = 2,
     form: str = "x0",
-    r: float | None = None,
+    r: float | None = None,  # inner point of order 2; default 1/2
     first: Prediction | None = None,  # the prediction at (x, t), if it is known
     lower: bool = False,  # return also the embedded step of one order less
 ):
@@ -277,9 +294,8 @@ def sample_adaptive(
     denoiser: Denoiser,  # the model, guided or not
     x: torch.Tensor,  # (B, ...) state at `start`
     order: int = 3,  # 2: orders 1 and 2; 3: orders 2 and 3
-    # tolerances; atol is 1/256 of the range of images, doubled
     atol: float = 0.0078,
-    rtol: float = 0.05,
+    rtol: float = 0.05,  # tolerances; atol is 1/256 of the range of images, doubled
     start: float = 1.0,
     end: float | None = None,  # times; default end: the process's t_min
     form: str = "x0",

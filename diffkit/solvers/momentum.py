@@ -18,8 +18,8 @@ __all__ = ['ghvb_coefficients', 'recursion', 'GHVB', 'HeavyBall', 'magnitude_sco
 
 # %% ../../nbs/solvers/205_momentum.ipynb #69becece
 def ghvb_coefficients(
-    order: int,
-    beta: float,  # weights, 1 or more  # damping in (0, 1]; 1 is Adams-Bashforth
+    order: int,  # weights, 1 or more
+    beta: float,  # damping in (0, 1]; 1 is Adams-Bashforth
 ) -> list[float]:  # (order,) newest first; they sum to beta
     """Weights of generalised heavy ball on equal steps, from its order conditions. Source:
     arXiv 2307.11118, GHVB and its appendix."""
@@ -72,8 +72,8 @@ class GHVB(MultistepSolver):
 
     @classmethod
     def named(
-        # the paper's name: 3.7 is order 4 with beta 0.7, an integer is PLMS of that order
         cls,
+        # the paper's name: 3.7 is order 4 with beta 0.7, an integer is PLMS of that order
         number: float,
     ) -> GHVB:
         "GHVB by its number in the paper."
@@ -83,11 +83,18 @@ class GHVB(MultistepSolver):
         return cls(r, 1.0) if number == r else cls(r + 1, round(number - r, 6))
 
     # the first step is DDIM's, in the form that is finite at alpha = 0
-    def kind_at(self, order):
+    def kind_at(
+        self,
+        order,  # the first step is DDIM's, in the form that is finite at alpha = 0
+    ):
         return "x0" if order == 1 else "eps"
 
     # finite at sigma = 0: no lower order there
-    def order_at(self, i, n):
+    def order_at(
+        self,
+        i,
+        n,  # finite at sigma = 0: no lower order there
+    ):
         return min(self.order, i + 1)
 
     def row(self, nodes, target, i, n):
@@ -184,9 +191,8 @@ class HeavyBall(MultistepSolver):
 # %% ../../nbs/solvers/205_momentum.ipynb #dbf8d56b
 def magnitude_score(
     x: torch.Tensor,  # (B, C, H, W) samples or latents
-    # of real data, for each channel or for all
     mean: torch.Tensor | float,
-    std: torch.Tensor | float,
+    std: torch.Tensor | float,  # of real data, for each channel or for all
     kernel: int = 4,  # side of a block, pixels
     threshold: float = 3.0,  # deviations below which a block counts as 0
 ) -> torch.Tensor:  # (B,)

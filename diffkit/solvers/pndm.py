@@ -78,12 +78,10 @@ class PLMS(MultistepSolver):
             raise ValueError(f"order must be 1, 2, 3 or 4, got {order!r}")
         self.order = order
 
-    # the row is finite at sigma = 0: no lower order there
-    def order_at(self, i, n):
+    def order_at(self, i, n):  # the row is finite at sigma = 0: no lower order there
         return min(self.order, i + 1)
 
-    # the first step is DDIM's, in the form that is finite at alpha = 0, too
-    def kind_at(self, order):
+    def kind_at(self, order):  # the first step is DDIM's, in the form finite at alpha = 0, too
         return "x0" if order == 1 else "eps"
 
     def row(self, nodes, target, i, n):
@@ -132,8 +130,8 @@ class PNDM(Solver):
     def __init__(
         self,
         order: int = 4,  # 4 is F-PNDM, 2 is S-PNDM
-        # "rk": order - 1 full steps (the paper); "euler": one improved Euler step, then
-        # rising order (diffusers' skip_prk_steps)
+        # "rk": order - 1 full steps (the paper); "euler": one improved Euler step, then rising
+        # order (diffusers' skip_prk_steps)
         warmup: str = "rk",
         # where Runge-Kutta's inner stages lie: half way in "time" (the paper), or in "rho"
         # = sigma / alpha, the variable of the integral
@@ -178,7 +176,7 @@ class PNDM(Solver):
     def reindex(self, idx):
         self.plms.reindex(idx)
 
-
+# %% ../../nbs/solvers/201_pndm.ipynb #c38a3eca
 class PseudoRK(Solver):
     "Pseudo Runge-Kutta in every step: no memory, 2 or 4 evaluations a step. Source: eq. (13)."
 

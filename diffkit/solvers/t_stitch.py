@@ -102,7 +102,10 @@ class Stitched(Denoiser):
         ] + [n]
         return [b - a for a, b in zip([0, *ends], ends)]
 
-    def cost(self, prices: Sequence[float]) -> float:  # of one call of each model, in any unit
+    def cost(
+        self,
+        prices: Sequence[float],  # of one call of each model, in any unit
+    ) -> float:
         "What the calls since the last start have cost."
         if len(prices) != len(self.calls):
             raise ValueError(
@@ -237,14 +240,8 @@ def sweep(
     x: torch.Tensor,  # (B, ...) starts
     grid: torch.Tensor,  # times
     metric: Callable,  # samples -> number
-    fractions: Sequence[float] = (
-        0.0,
-        0.2,
-        0.4,
-        0.6,
-        0.8,
-        1.0,
-    ),  # shares of the first of two models
+    # shares of the first of two models
+    fractions: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
     # of a call of each model; default: numbers of parameters, the largest 1
     prices: Sequence[float] | None = None,
     **kwargs,

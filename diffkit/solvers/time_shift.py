@@ -18,7 +18,9 @@ from ..core.sampling import DDIM, Solver, trace
 __all__ = ['variance_profile', 'EpsilonScale', 'epsilon_scale', 'coupled_time', 'TimeShift']
 
 # %% ../../nbs/solvers/206_time_shift.ipynb #aaa2702e
-def _pixel_var(x):  # (B,): over all pixels and channels of a sample, about its own mean, unbiased
+def _pixel_var(
+    x,  # (B,): over all pixels and channels of a sample, about its own mean, unbiased
+):
     if x.ndim < 2 or x[0].numel() < 2:
         raise ValueError(
             "the variance over a sample's pixels needs at least 2 of them, got x of shape"
@@ -102,12 +104,10 @@ def coupled_time(
     t: torch.Tensor | float,  # that time, a number or (B,)
     process: Process,  # gives alpha and sigma
     window: float = 0.04,  # full width of the interval around t that is searched
-    # variance of a clean sample over its own pixels, a number or (B,); 0 is the
-    # paper's rule
+    # variance of a clean sample over its own pixels, a number or (B,); 0 is the paper's rule
     data_var: torch.Tensor | float = 0.0,
     x0: torch.Tensor | None = None,  # (B, ...) predicted clean data: its variance replaces data_var
-    # "sample": a time for each; "batch": one for all, from the mean variance (shape
-    # ())
+    # "sample": a time for each; "batch": one for all, from the mean variance (shape ())
     reduce: str = "sample",
 ) -> torch.Tensor:  # (B,) or () times in float64
     """The time in a window at which noisy data have the variance that the states have. Source:
@@ -151,20 +151,18 @@ class TimeShift(Solver):
     def __init__(
         self,
         solver: Solver | None = None,  # what makes the steps; default: DDIM()
-        # full width of the search around a grid time (the paper counts training steps: 40
-        # of 1000)
+        # full width of the search around a grid time (the paper counts training steps: 40 of 1000)
         window: float = 0.04,
-        # no shift at times up to this one: there the data's own variance counts; None: the
-        # time of the log_snr that 300 of DDPM's 1000 steps have, so 0.3 of VP()
+        # no shift at times up to this one: there the data's own variance counts; None: the time of
+        # the log_snr that 300 of DDPM's 1000 steps have, so 0.3 of VP()
         cutoff: float | None = None,
-        # "paper"; "network": only the network's time is shifted; "official": the published
-        # DDIM code, which moves the step's target instead
+        # "paper"; "network": only the network's time is shifted; "official": the published DDIM
+        # code, which moves the step's target instead
         mode: str = "paper",
-        # variance of clean data over the pixels of a sample: a number, "predicted", or
-        # None: 0 (the paper's) where alpha² + sigma² = 1, else "predicted"
+        # variance of clean data over the pixels of a sample: a number, "predicted", or None: 0 (the
+        # paper's) where alpha² + sigma² = 1, else "predicted"
         data_var: float | str | None = None,
-        # "sample": a time for each; "batch": one for all; None: "sample" from 16
-        # dimensions on
+        # "sample": a time for each; "batch": one for all; None: "sample" from 16 dimensions on
         reduce: str | None = None,
     ):
         solver = DDIM() if solver is None else solver
@@ -263,8 +261,12 @@ class TimeShift(Solver):
             self.tau = self._couple(out, s, seen)
         return out
 
-    def _couple(self, x, s, seen=()):
-        # the time of a state meant to be at the grid's time s, or None for no shift
+    def _couple(
+        self,
+        x,
+        s,
+        seen=(),  # the time of a state meant to be at the grid's time s, or None for no shift
+    ):
         if not self.window or not s > self.low or self.i + 1 >= len(self.times):
             return None
         few = x[0].numel() < 16
