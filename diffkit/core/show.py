@@ -61,7 +61,7 @@ def figure(
     **kwargs,  # passed on to `plt.subplots`
 ):  # (figure, axes), axes as plt.subplots gives them
     "A figure in the house style."
-    size = (min(w * cols, 8.4), h * rows)
+    size = (min(w * cols, 8.0), h * rows)
     return _plt().subplots(rows, cols, figsize=size, constrained_layout=True, **kwargs)
 
 

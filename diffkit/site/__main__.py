@@ -1,0 +1,7 @@
+"""`python -m diffkit.site`."""
+
+import sys
+
+from diffkit.site import main
+
+sys.exit(main())
