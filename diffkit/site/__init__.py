@@ -2,9 +2,10 @@
 mathematics drawn at build time, nothing loaded from another machine.
 
 The rooms: `pages` reads notebooks, `api` their exported source, `links` makes links, `tables` the
-pages that are made from data, `prepare` writes one Quarto project (unchanged notebooks from a
-cache), `render` lets Quarto or smalldocs make pages, `formulas` draws KaTeX or MathML, `check`
-looks for what is broken. Notebooks are never executed and the package is never imported."""
+pages that are made from data, `project` writes one Quarto project (unchanged notebooks from a
+cache), `engines` lets Quarto or smalldocs make pages, `formulas` draws KaTeX or MathML, `search`
+adds what finds a page, `broken` looks for what leads nowhere. Notebooks are never executed and the
+package is never imported."""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ import sys
 import time
 from pathlib import Path
 
-from diffkit.site.check import check
+from diffkit.site.broken import check
 from diffkit.site.errors import SiteError
 from diffkit.site.formulas import find_katex, finish
 from diffkit.site.pages import CLAIM, read_pages, read_records, text_of
-from diffkit.site.prepare import prepare, read_config, read_repo
-from diffkit.site.render import render
+from diffkit.site.project import prepare, read_config, read_repo
+from diffkit.site.engines import render
 from diffkit.site.search import add_search
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from diffkit.site.errors import SiteError
 from diffkit.site.packages import npm_package
-from diffkit.site.prepare import ASSETS, write
+from diffkit.site.project import ASSETS, write
 
 KATEX = "0.19.1"
 

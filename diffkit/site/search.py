@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffkit.site.packages import npm_package
 from diffkit.site.pages import Page
-from diffkit.site.prepare import ASSETS
+from diffkit.site.project import ASSETS
 
 MINISEARCH = "7.2.0"
 
