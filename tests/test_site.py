@@ -923,8 +923,8 @@ def test_search_finds_a_function(served, tab):
 @pytest.mark.browser
 def test_scorecard_filter(served, tab):
     tab.goto(served[0] + "scorecard.html")
-    shown = "[...document.querySelectorAll('tr[data-verdict=VERDICT]')]"
-        ".filter((r) => r.checkVisibility())"
+    rows = "[...document.querySelectorAll('tr[data-verdict=VERDICT]')]"
+    shown = f"{rows}.filter((r) => r.checkVisibility())"
     count = lambda v: tab.evaluate(f"{shown.replace('VERDICT', v)}.length")
     every = lambda v: tab.evaluate(f"document.querySelectorAll('tr[data-verdict={v}]').length")
     assert not count("yes") and every("yes"), "the rows are folded at first"
