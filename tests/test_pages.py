@@ -12,7 +12,7 @@ NOTEBOOKS = {p.stem: p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if "chec
 TODO = set((ROOT / "tests" / "page_todo.txt").read_text().split())  # not yet in this form
 PAPERS = [s for s in NOTEBOOKS if re.match(r"[1-9]\d\d_", s) and s[1:3] not in ("00", "99")]
 WALL = 20  # lines of a cell that may stand open between the text and its figure
-EXPORT = 110  # lines of an exported cell: two screens
+EXPORT = 130  # lines of an exported cell: a class that cannot be cut, no more
 WORDS = 5500  # of the main line: what is open on the page
 
 # numbers in a text that no output shows: settings of a paper, constants, dates

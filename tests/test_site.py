@@ -147,6 +147,7 @@ SAMPLE = notebook(
     ),
     code("#| default_exp core.sample"),
     code("#| hide\nSECRET_CELL = 1"),
+    code("wide = '" + "x" * 91 + "'"),  # 100 characters
     code("#| export\nimport math"),
     md(
         "## Mathematics of $\\hat x_0$\n\nInline $\\mathcal N(0, I)$, $\\mathbb E[\\hat x_0 \\mid"
@@ -946,6 +947,7 @@ def test_scorecard_filter(served, tab):
         ("perturbed-attention guidance", "guidance/pag.html"),
         ("oversaturation", "guidance/apg.html"),
         ("PLMS", "solvers/pndm.html"),
+        ("classifier-free guidance", "guidance/basics.html"),
         ("Pseudo Numerical Methods", "solvers/pndm.html"),
     ],
 )

@@ -15,7 +15,7 @@ from html import escape
 from .show import Shown
 
 # %% auto #0
-__all__ = ['papers', 'paper', 'paper_link', 'bibtex', 'paper_box']
+__all__ = ['CONFERENCES', 'papers', 'paper', 'paper_link', 'bibtex', 'paper_box']
 
 # %% ../../nbs/core/012_papers.ipynb #0c120006
 @cache
@@ -40,6 +40,9 @@ def paper(
     raise ValueError(f"key must be the number, slug or arXiv id of a paper, got {key!r}; {hint}")
 
 # %% ../../nbs/core/012_papers.ipynb #0c120009
+CONFERENCES = "ICLR|NeurIPS|ICML|CVPR|ECCV|ICCV|AAAI|KDD|FAccT|ICDE|ACM"
+
+
 def paper_link(
     record: dict,  # from `paper`
 ) -> str:  # address, empty where none is known
@@ -57,20 +60,21 @@ def bibtex(
     name = re.sub(r"[^a-z]", "", p["authors"][0].split()[-1].lower())
     word = next(w for w in re.findall(r"[A-Za-z]{4,}", p["title"]))
     preprint = not p["venue"] or p["venue"].lower().startswith("arxiv")
+    meeting = re.match(CONFERENCES, p["venue"])
+    place = "booktitle" if meeting else "journal"
     fields = {
         "title": "{" + p["title"] + "}",
         "author": " and ".join(p["authors"]),
         "year": str(p["year"]),
-        "journal" if preprint else "booktitle": "arXiv preprint" if preprint else p["venue"],
+        place: "arXiv preprint" if preprint else p["venue"],
         "eprint": p["arxiv"],
         "archiveprefix": "arXiv" if p["arxiv"] else "",
         "doi": p["doi"],
         "url": paper_link(p),
     }
     rows = ",\n".join(f"  {k} = {{{v}}}" for k, v in fields.items() if v)
-    return (
-        f"@{'misc' if preprint else 'inproceedings'}{{{name}{p['year']}{word.lower()},\n{rows}\n}}"
-    )
+    kind = "misc" if preprint else "inproceedings" if meeting else "article"
+    return f"@{kind}{{{name}{p['year']}{word.lower()},\n{rows}\n}}"
 
 
 def paper_box(

@@ -103,15 +103,11 @@ def not_notebooks(folder: str, names: list[str]) -> set[str]:
 
 def find_itself(page: Path, root: Path) -> None:
     "The page for lost readers is shown at any address: its links start at the site's own root."
-    if not page.is_file():
-        return
-    base = (read_repo(root).get("doc_baseurl", "") or "").rstrip("/") + "/"
-    script = (
-        "<script>document.write('<base href=\"' + (location.pathname.startsWith('BASE')"
-        " ? 'BASE' : '/') + '\">');</script>"
-    ).replace("BASE", base)
-    text = page.read_text(encoding="utf-8")
-    page.write_text(text.replace("<head>", f"<head>{script}", 1), encoding="utf-8")
+    if page.is_file():
+        base = read_repo(root).get("doc_baseurl", "").rstrip("/") + "/"
+        text = page.read_text(encoding="utf-8")
+        text = text.replace("<head>", f'<head><base href="{base}">', 1)
+        page.write_text(text, encoding="utf-8")
 
 
 def serve_site(dest: Path, port: int = 8000):

@@ -36,6 +36,7 @@ class Entry:
         return [self.name, *(f"{self.name}.{m.name}" for m in self.methods)]
 
 
+# griffe reads signatures too, but does not tell the lines of parameters, on which comments hang
 def comments_of(src: str) -> tuple[dict[int, str], dict[int, tuple[int, str]]]:
     "(comment after code on a line, (column, comment) of a line that is only a comment), by line."
     after, alone, code = {}, {}, set()

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffkit.site.packages import npm_package
 from diffkit.site.pages import Page
 from diffkit.site.project import ASSETS
+from diffkit.site.tables import ALSO
 
 MINISEARCH = "7.2.0"
 
@@ -26,11 +27,17 @@ def add_search(site: Path, pages: list[Page], records=()) -> str:  # what finds 
     if not old.is_file() or not file.is_file():
         return "the engine's own search"
     by_number = {r["number"]: r for r in records}
-    found = {f"{p.stem}.html": by_number[p.number] for p in pages if p.number in by_number}
+    found = {
+        f"{p.stem}.html": words_of(by_number[p.number]) for p in pages if p.number in by_number
+    }
+    also = {n: [name for name, k, _ in ALSO if k == n] for _, n, _ in ALSO}
+    for p in pages:  # methods that live in another notebook
+        if records and p.number in also:
+            found.setdefault(f"{p.stem}.html", []).extend(also[p.number])
     index = json.loads(file.read_text(encoding="utf-8"))
     for entry in index:
         if entry["href"] in found and not entry.get("section"):
-            entry["keywords"] = words_of(found[entry["href"]])
+            entry["keywords"] = found[entry["href"]]
     file.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
     package = npm_package("minisearch", MINISEARCH, "dist/umd/index.js")
     script = (ASSETS / "search.js").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ ALSO = (
     ('FlowAB, `DEIS(basis="flow")`', "202", "Adams-Bashforth in the clock of flow matching"),
     ("DPM-Solver (noise form)", "203", 'the multistep solver in noise form, `form="eps"`'),
     ("SDE-DPM-Solver++", "203", "the same solver with fresh noise"),
-    ("classifier-free guidance (CFG)", "300", "the guidance that all others are compared with"),
+    ("classifier-free guidance", "300", "the guidance that all others are compared with"),
     ("autoguidance", "300", "a worse model of the same kind as the bad one: `contrast`"),
     ("LinearAG", "301", "the unconditional prediction guessed by regression"),
     ("score distillation (SDS)", "309", "the special case of one particle and no trained score"),

@@ -18,9 +18,7 @@ from ..core.sampling import DDIM, Solver, trace
 __all__ = ['variance_profile', 'EpsilonScale', 'epsilon_scale', 'coupled_time', 'TimeShift']
 
 # %% ../../nbs/solvers/206_time_shift.ipynb #aaa2702e
-def _pixel_var(
-    x,  # (B,): over all pixels and channels of a sample, about its own mean, unbiased
-):
+def _pixel_var(x):  # (B,): over all pixels and channels of a sample, about its own mean, unbiased
     if x.ndim < 2 or x[0].numel() < 2:
         raise ValueError(
             "the variance over a sample's pixels needs at least 2 of them, got x of shape"
@@ -35,26 +33,27 @@ def variance_profile(
     x: torch.Tensor,  # (B, ...) starts
     grid: torch.Tensor,  # (steps + 1,) times
     x0_data: torch.Tensor,  # (n, ...) clean data
-    cond: dict | None = None,
-    generator: torch.Generator | None = None,  # as in sample
+    cond: dict | None = None,  # the condition of each sample, as in `sample`
+    generator: torch.Generator | None = None,  # of a stochastic solver, as in `sample`
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (steps + 1,) forward, sampled
     """Mean pixel variance at each grid time, of noisy data (exact: sigma² + alpha² times that
     of the data) and of the sampler's states. Source: arXiv 2305.15583, the diagnostic
     figure."""
     g, v0 = torch.as_tensor(grid, dtype=torch.float64), _pixel_var(x0_data).mean().cpu()
-    states = [
-        _pixel_var(st.x).mean().cpu()
-        for st in trace(denoiser, solver, x, grid, cond=cond, generator=generator)
-    ]
-    return denoiser.process.sigma(g).square() + denoiser.process.alpha(
-        g
-    ).square() * v0, torch.stack(states)
+    states = trace(denoiser, solver, x, grid, cond=cond, generator=generator)
+    seen = [_pixel_var(st.x).mean().cpu() for st in states]
+    a, s = denoiser.process.alpha(g), denoiser.process.sigma(g)
+    return s.square() + a.square() * v0, torch.stack(seen)
 
 
 class EpsilonScale(Denoiser):
     "A denoiser whose noise is divided by 1 + k. Made by `epsilon_scale`."
 
-    def __init__(self, denoiser: Denoiser, k: float = 0.005):
+    def __init__(
+        self,
+        denoiser: Denoiser,  # the model, guided or not
+        k: float = 0.005,  # excess of the predicted noise; a middle one of the published values
+    ):
         super().__init__()
         if not isinstance(denoiser, Denoiser):
             raise TypeError(
@@ -63,30 +62,16 @@ class EpsilonScale(Denoiser):
             )
         if not k > -1:
             raise ValueError(f"k must be above -1, got {k!r}")
-        self.inner, self.process, self.null, self.stochastic, self.k = (
-            denoiser,
-            denoiser.process,
-            denoiser.null,
-            denoiser.stochastic,
-            k,
-        )
+        self.inner, self.process, self.k = denoiser, denoiser.process, k
+        self.null, self.stochastic = denoiser.null, denoiser.stochastic
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)
+        if self.k == 0:
+            return p
         # x - sigma eps / (1 + k) = alpha x0 by way of x0, which is finite where sigma = 0
-        return (
-            p
-            if self.k == 0
-            else Prediction.of(
-                x,
-                t,
-                self.process,
-                x0=((p.x0 + expand(self.k / self.process.alpha(t), x) * x) / (1 + self.k)).to(
-                    x.dtype
-                ),
-                extra=p.extra,
-            )
-        )
+        x0 = (p.x0 + expand(self.k / self.process.alpha(t), x) * x) / (1 + self.k)
+        return Prediction.of(x, t, self.process, x0=x0.to(x.dtype), extra=p.extra)
 
 
 def epsilon_scale(
@@ -122,25 +107,19 @@ def coupled_time(
     if reduce == "batch":
         v, v0 = v.mean(0, keepdim=True), v0.mean().reshape(1)
     t = torch.as_tensor(t, dtype=v.dtype, device=v.device).reshape(-1)
-    lo, hi = (
-        (t - window / 2).clamp(min=min(process.t_min, t.min().item())),
-        (t + window / 2).clamp(max=max(process.t_max, t.max().item())),
-    )
+    lo = (t - window / 2).clamp(min=min(process.t_min, t.min().item()))
+    hi = (t + window / 2).clamp(max=max(process.t_max, t.max().item()))
     # (257, 1 or B)
     tau = lo + (hi - lo) * torch.linspace(0, 1, 257, dtype=v.dtype, device=v.device)[:, None]
     gap = process.sigma(tau).square() + process.alpha(tau).square() * v0 - v
     tau, k = tau.expand_as(gap), gap.abs().argmin(0, keepdim=True)
     here, out = gap.gather(0, k), tau.gather(0, k)
-    # the root lies in one of the two cells beside the best node, or the best node is the window's
-    # edge
+    # the root lies in a cell beside the best node, or the best node is the window's edge
     for step in (-1, 1):
         j = (k + step).clamp(0, 256)
         there = gap.gather(0, j)
-        out = torch.where(
-            here * there < 0,
-            tau.gather(0, k) + (tau.gather(0, j) - tau.gather(0, k)) * here / (here - there),
-            out,
-        )
+        slope = (tau.gather(0, j) - tau.gather(0, k)) / (here - there)
+        out = torch.where(here * there < 0, tau.gather(0, k) + slope * here, out)
     return out[0, 0] if reduce == "batch" else out[0]
 
 # %% ../../nbs/solvers/206_time_shift.ipynb #7771e65e
@@ -176,12 +155,8 @@ class TimeShift(Solver):
             raise ValueError(f"mode must be paper, network or official, got {mode!r}")
         if reduce not in ("sample", "batch", None):
             raise ValueError(f"reduce must be sample, batch or None, got {reduce!r}")
-        if not (
-            data_var is None
-            or data_var == "predicted"
-            or not isinstance(data_var, str)
-            and data_var >= 0
-        ):
+        known = data_var is None or data_var == "predicted"
+        if not known and (isinstance(data_var, str) or not data_var >= 0):
             raise ValueError(
                 f"data_var must be a number from 0 on, 'predicted' or None, got {data_var!r}"
             )
@@ -190,15 +165,9 @@ class TimeShift(Solver):
                 "mode='official' looks at the state before a prediction is made: data_var must be a"
                 " number, got 'predicted'"
             )
-        (
-            self.solver,
-            self.window,
-            self.cutoff,
-            self.mode,
-            self.data_var,
-            self.reduce,
-            self.evals_per_step,
-        ) = (solver, window, cutoff, mode, data_var, reduce, solver.evals_per_step)
+        self.solver, self.window, self.cutoff = solver, window, cutoff
+        self.mode, self.data_var, self.reduce = mode, data_var, reduce
+        self.evals_per_step = solver.evals_per_step
 
     @property
     def reuses(self):
@@ -216,16 +185,11 @@ class TimeShift(Solver):
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
         probe = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
-        preserving = torch.allclose(
-            process.alpha(probe) ** 2 + process.sigma(probe) ** 2, torch.ones_like(probe)
-        )
-        self.v0 = (
-            self.data_var
-            if self.data_var is not None
-            else 0.0
-            if preserving or self.mode == "official"
-            else "predicted"
-        )
+        total = process.alpha(probe) ** 2 + process.sigma(probe) ** 2
+        preserving = torch.allclose(total, torch.ones_like(probe))
+        self.v0 = self.data_var
+        if self.v0 is None:
+            self.v0 = 0.0 if preserving or self.mode == "official" else "predicted"
         if self.v0 == 0 and not preserving:
             raise ValueError(
                 f"the pixel variance rule needs data_var for this process, {process!r}, where"
@@ -252,21 +216,17 @@ class TimeShift(Solver):
             seen[:] = [p]
             return p
 
-        out = self.solver.step(ask, x, t if tau is None or self.mode == "network" else tau, target)
+        own = t if tau is None or self.mode == "network" else tau
+        out = self.solver.step(ask, x, own, target)
         moved = tau - t if tau is not None else target - s if target is not s else 0.0
-        self._shifts.append(
-            torch.as_tensor(moved, dtype=torch.float64, device=x.device).expand(len(x))
-        )
+        moved = torch.as_tensor(moved, dtype=torch.float64, device=x.device)
+        self._shifts.append(moved.expand(len(x)))
         if self.mode != "official":
             self.tau = self._couple(out, s, seen)
         return out
 
-    def _couple(
-        self,
-        x,
-        s,
-        seen=(),  # the time of a state meant to be at the grid's time s, or None for no shift
-    ):
+    def _couple(self, x, s, seen=()):
+        # the time of a state meant to be at the grid's time s, or None for no shift
         if not self.window or not s > self.low or self.i + 1 >= len(self.times):
             return None
         few = x[0].numel() < 16
@@ -276,16 +236,10 @@ class TimeShift(Solver):
                 " reduce='batch'",
                 stacklevel=5,
             )
-        tau = coupled_time(
-            x,
-            s,
-            self.process,
-            self.window,
-            **({"x0": seen[0].x0} if self.v0 == "predicted" else {"data_var": self.v0}),
-            reduce=self.reduce or ("batch" if few else "sample"),
-        )
-        # never back: a step from a time below its target, or two predictions of one time, would be
-        # none
+        var = {"x0": seen[0].x0} if self.v0 == "predicted" else {"data_var": self.v0}
+        reduce = self.reduce or ("batch" if few else "sample")
+        tau = coupled_time(x, s, self.process, self.window, **var, reduce=reduce)
+        # never back: no step from a time below its target, no two predictions of one time
         if self.mode != "network":
             up, down = self.times[self.i - 1] - s, s - self.times[self.i + 1]
             if self.reuses:
