@@ -15,7 +15,8 @@ window.Fuse = class {
   }
 
   rank(e, whole) { // what a query that names it exactly deserves
-    if (e.names.some((n) => n === whole)) return 4;
+    // the page that is about little else first
+    if (e.names.some((n) => n === whole)) return 4 + 1 / e.names.length;
     if (e.section === whole) return 3;
     if (e.names.some((n) => n.split(/[\s-]+/).includes(whole))) return 2;
     if (e.title === whole || e.names.some((n) => n.includes(whole))) return 1;
