@@ -99,32 +99,26 @@ def ParticleDenoiser(
     return MixtureDenoiser(GaussianMixture.kde(renderings.detach(), scale, group), process)
 
 # %% ../../nbs/guidance/309_vsd.ipynb #d04eba4d
-def _randn(
-    shape,
-    like,
-    generator,  # drawn where the generator is, so that one seed gives one result on every device
-):
-    return torch.randn(
-        shape,
-        generator=generator,
-        dtype=like.dtype,
-        device=generator.device if generator else like.device,
-    ).to(like.device)
+def _randn(shape, like, generator):
+    # drawn where the generator is, so that one seed gives one result on every device
+    where = generator.device if generator else like.device
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=where).to(like.device)
 
 
 def _rand(n, like, generator):
-    return torch.rand(
-        n,
-        generator=generator,
-        dtype=like.dtype,
-        device=generator.device if generator else like.device,
-    ).to(like.device)
+    where = generator.device if generator else like.device
+    return torch.rand(n, generator=generator, dtype=like.dtype, device=where).to(like.device)
 
 
 class LowRank(nn.Module):
     "A weight plus a product of two thin matrices."
 
-    def __init__(self, weight: torch.Tensor, rank: int, generator: torch.Generator | None = None):
+    def __init__(
+        self,
+        weight: torch.Tensor,  # (rows, ...) the weight that is updated
+        rank: int,  # columns of one factor, rows of the other
+        generator: torch.Generator | None = None,  # of the start
+    ):
         super().__init__()
         rows, columns = weight.flatten(1).shape
         self.down = nn.Parameter(_randn((rank, columns), weight.detach(), generator) / columns**0.5)
@@ -193,12 +187,8 @@ class LearnedScore(Denoiser):
             )
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise ValueError(f"steps must be a positive integer, got {steps!r}")
-        self.process, self.null, self.steps, self.generator = (
-            self.inner.process,
-            self.inner.null,
-            steps,
-            generator,
-        )
+        self.process, self.null = self.inner.process, self.inner.null
+        self.steps, self.generator = steps, generator
         self.optimizer = torch.optim.AdamW(params, lr)
 
     def forward(self, x, t, **cond):
@@ -231,12 +221,16 @@ class ImageScene:
     "Particles that are their own pictures: the two-dimensional case."
 
     def init(
-        self, n: int, shape: tuple, generator: torch.Generator | None = None
+        self,
+        n: int,  # particles
+        shape: tuple,  # of one picture
+        generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # (n, *shape)
         "Half a unit of noise."
         return 0.5 * torch.randn(n, *shape, generator=generator)
 
     def __call__(self, particles: torch.Tensor, view: int = 0) -> torch.Tensor:
+        "The particles themselves, whatever the view."
         return particles
 
 
@@ -268,6 +262,7 @@ class VoxelScene:
         particles: torch.Tensor,  # (n, size, size, size) logits of the density
         view: int = 0,  # axis along which the light falls, 0 to 2
     ) -> torch.Tensor:  # (n, 1, size, size)
+        "One minus the light that gets through, scaled to [-1, 1]."
         if particles.shape[1:] != (self.size,) * 3:
             raise ValueError(
                 f"particles must have shape (n, {self.size}, {self.size}, {self.size}), got"
@@ -275,36 +270,22 @@ class VoxelScene:
             )
         if view not in (0, 1, 2):
             raise ValueError(f"view must be an axis of the cube, 0 to 2, got {view!r}")
-        return (
-            1
-            - 2 * torch.exp(-self.kappa * nn.functional.softplus(particles).sum(1 + view))[:, None]
-        )
+        depth = nn.functional.softplus(particles).sum(1 + view)
+        return 1 - 2 * torch.exp(-self.kappa * depth)[:, None]
 
 # %% ../../nbs/guidance/309_vsd.ipynb #f23d93b4
-def _base(
-    denoiser,  # the network under all wrappers
-):
+def _base(denoiser):  # the network under all wrappers
     while isinstance(getattr(denoiser, "inner", None), Denoiser):
         denoiser = denoiser.inner
     return denoiser
 
 
-def _rows(
-    cond,
-    n,
-    device,
-    name,  # plain integers (labels) become one row a particle, so that guidance can batch them
-):
+def _rows(cond, n, device, name):
+    # plain integers (labels) become one row a particle, so that guidance can batch them
     if not isinstance(cond, dict):
         raise TypeError(f"{name} must hold a dict of conditions for each view, got {cond!r}")
-    out = {
-        k: (
-            torch.full((n,), v, device=device)
-            if isinstance(v, int) and not isinstance(v, bool)
-            else v
-        )
-        for k, v in cond.items()
-    }
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    out = {k: torch.full((n,), v, device=device) if whole(v) else v for k, v in cond.items()}
     for k, v in out.items():
         if isinstance(v, torch.Tensor) and v.ndim and len(v) not in (1, n):
             raise ValueError(
@@ -314,6 +295,108 @@ def _rows(
     return out
 
 
+def _check_settings(
+    prior, particles, method, q, steps, lr, t_range, t_max_late, anneal_at, cooldown
+):  # what can be wrong before anything is rendered
+    if not isinstance(prior, Denoiser):
+        raise TypeError(
+            f"prior must be a Denoiser, got {type(prior).__name__}; wrap a network as"
+            " NetDenoiser(net, process, predicts=...)"
+        )
+    if method not in ("vsd", "sds"):
+        raise ValueError(f"method must be 'vsd' or 'sds', got {method!r}")
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be a positive integer, got {steps!r}")
+    if not (len(t_range) == 2 and 0 < t_range[0] < t_range[1] < 1):
+        raise ValueError(f"t_range must be (low, high) with 0 < low < high < 1, got {t_range}")
+    if not t_range[0] < t_max_late < 1:
+        raise ValueError(f"t_max_late must lie between {t_range[0]} and 1, got {t_max_late}")
+    if not 0 <= anneal_at <= 1 or not 0 <= cooldown <= 1:
+        raise ValueError(
+            f"anneal_at and cooldown are shares of the steps in [0, 1], got {anneal_at} and"
+            f" {cooldown}"
+        )
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    if not (q in ("learned", "exact") if isinstance(q, str) else isinstance(q, Denoiser)):
+        raise ValueError(f"q must be 'learned', 'exact' or a Denoiser, got {q!r}")
+    if not isinstance(particles, (torch.Tensor, nn.Module)):
+        raise TypeError(f"particles must be a tensor or a module, got {type(particles).__name__}")
+    if isinstance(particles, torch.Tensor) and not particles.is_floating_point():
+        raise TypeError(f"particles must be floating-point numbers, got {particles.dtype}")
+
+
+def _first_picture(render, scenes):  # rendered once, to see that the renderer is fit for it
+    with torch.enable_grad():
+        x = render(scenes, 0)
+    if not isinstance(x, torch.Tensor) or x.ndim < 2 or not len(x):
+        raise ValueError(
+            "render must return a tensor (n, ...) with one picture a particle, got"
+            f" {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
+        )
+    if isinstance(scenes, torch.Tensor) and len(scenes) != len(x):
+        raise ValueError(
+            f"render must return one picture a particle: {len(scenes)} particles, pictures"
+            f" {tuple(x.shape)}"
+        )
+    if not x.requires_grad:
+        raise ValueError(
+            "render must be differentiable in the particles, but its result carries no gradient"
+            " (no_grad, detach or numpy inside?)"
+        )
+    return x
+
+
+def _conditions(prior, views, q_views, group, n, device):  # one dict a view, one row a particle
+    if isinstance(views, int):
+        views = [{}] * views
+    views = [_rows(c, n, device, "views") for c in views]
+    q_views = views if q_views is None else [_rows(c, n, device, "q_views") for c in q_views]
+    if not views or len(q_views) != len(views):
+        raise ValueError(
+            f"views and q_views must name the same views, at least one; got {len(views)} and"
+            f" {len(q_views)}"
+        )
+    if (
+        isinstance(prior, CFG)
+        and prior.active(0.5)
+        and any(prior.null and not set(prior.null) & set(c) for c in views)
+    ):
+        raise ValueError(
+            f"the prior is guided, but a view gives no {' or '.join(prior.null)} to guide towards;"
+            f" pass views=[{{{next(iter(prior.null))!r}: ...}}]"
+        )
+    if group is not None:
+        group = torch.as_tensor(group, device=device)
+    if group is not None and group.shape != (n,):
+        raise ValueError(f"group must have one number a particle ({n},), got {tuple(group.shape)}")
+    return views, q_views, group
+
+
+def _own_score(prior, method, q, n, group, generator):  # whether q is exact; else the denoiser
+    exact = method == "vsd" and isinstance(q, str) and q == "exact"
+    if exact and (
+        n == 1 or group is not None and (torch.unique(group, return_counts=True)[1] == 1).any()
+    ):
+        warnings.warn(
+            "q='exact' with a single particle is SDS: there is nothing to keep away from",
+            stacklevel=3,
+        )
+    if method == "sds":
+        q = None
+    elif isinstance(q, str) and q == "learned":
+        if not isinstance(_base(prior), NetDenoiser):
+            raise ValueError(
+                "q='learned' copies the prior's network, but the prior is a"
+                f" {type(_base(prior)).__name__}; pass q='exact' or q=LearnedScore(net,"
+                " prior.process)"
+            )
+        q = LearnedScore(
+            lora(copy.deepcopy(_base(prior)), generator=generator), generator=generator
+        )
+    return exact, q
+
+# %% ../../nbs/guidance/309_vsd.ipynb #7f5e223e
 def distill(
     prior: Denoiser,  # the image model, guidance included: cfg(model, 7.5)
     # (n, ...) scenes; or a module whose parameters are optimised in place
@@ -352,105 +435,21 @@ def distill(
 ) -> torch.Tensor | nn.Module:  # the moved particles; interrupted (Ctrl-C), as far as they got
     """Move scenes until their renderings look like samples of the prior. Source: arXiv
     2305.16213, its VSD algorithm."""
-    if not isinstance(prior, Denoiser):
-        raise TypeError(
-            f"prior must be a Denoiser, got {type(prior).__name__}; wrap a network as"
-            " NetDenoiser(net, process, predicts=...)"
-        )
-    if method not in ("vsd", "sds"):
-        raise ValueError(f"method must be 'vsd' or 'sds', got {method!r}")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a positive integer, got {steps!r}")
-    if not (len(t_range) == 2 and 0 < t_range[0] < t_range[1] < 1):
-        raise ValueError(f"t_range must be (low, high) with 0 < low < high < 1, got {t_range}")
-    if not t_range[0] < t_max_late < 1:
-        raise ValueError(f"t_max_late must lie between {t_range[0]} and 1, got {t_max_late}")
-    if not 0 <= anneal_at <= 1 or not 0 <= cooldown <= 1:
-        raise ValueError(
-            f"anneal_at and cooldown are shares of the steps in [0, 1], got {anneal_at} and"
-            f" {cooldown}"
-        )
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
-    if not (q in ("learned", "exact") if isinstance(q, str) else isinstance(q, Denoiser)):
-        raise ValueError(f"q must be 'learned', 'exact' or a Denoiser, got {q!r}")
-    if not isinstance(particles, (torch.Tensor, nn.Module)):
-        raise TypeError(f"particles must be a tensor or a module, got {type(particles).__name__}")
-    if isinstance(particles, torch.Tensor) and not particles.is_floating_point():
-        raise TypeError(f"particles must be floating-point numbers, got {particles.dtype}")
+    _check_settings(
+        prior, particles, method, q, steps, lr, t_range, t_max_late, anneal_at, cooldown
+    )
     render = render or ImageScene()
-    scenes = (
-        particles if isinstance(particles, nn.Module) else nn.Parameter(particles.detach().clone())
-    )
-    params = (
-        [p for p in scenes.parameters() if p.requires_grad]
-        if isinstance(scenes, nn.Module)
-        else [scenes]
-    )
+    module = isinstance(particles, nn.Module)
+    scenes = particles if module else nn.Parameter(particles.detach().clone())
+    params = [p for p in scenes.parameters() if p.requires_grad] if module else [scenes]
     if not params:
         raise ValueError("particles have no parameter that requires a gradient")
 
-    with torch.enable_grad():
-        x = render(scenes, 0)
-    if not isinstance(x, torch.Tensor) or x.ndim < 2 or not len(x):
-        raise ValueError(
-            "render must return a tensor (n, ...) with one picture a particle, got"
-            f" {tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__}"
-        )
+    x = _first_picture(render, scenes)
     n, device = len(x), x.device
-    if isinstance(scenes, torch.Tensor) and len(scenes) != n:
-        raise ValueError(
-            f"render must return one picture a particle: {len(scenes)} particles, pictures"
-            f" {tuple(x.shape)}"
-        )
-    if not x.requires_grad:
-        raise ValueError(
-            "render must be differentiable in the particles, but its result carries no gradient"
-            " (no_grad, detach or numpy inside?)"
-        )
-    if isinstance(views, int):
-        views = [{}] * views
-    views = [_rows(c, n, device, "views") for c in views]
-    q_views = views if q_views is None else [_rows(c, n, device, "q_views") for c in q_views]
-    if not views or len(q_views) != len(views):
-        raise ValueError(
-            f"views and q_views must name the same views, at least one; got {len(views)} and"
-            f" {len(q_views)}"
-        )
-    if (
-        isinstance(prior, CFG)
-        and prior.active(0.5)
-        and any(prior.null and not set(prior.null) & set(c) for c in views)
-    ):
-        raise ValueError(
-            f"the prior is guided, but a view gives no {' or '.join(prior.null)} to guide towards;"
-            f" pass views=[{{{next(iter(prior.null))!r}: ...}}]"
-        )
-    if group is not None:
-        group = torch.as_tensor(group, device=device)
-    if group is not None and group.shape != (n,):
-        raise ValueError(f"group must have one number a particle ({n},), got {tuple(group.shape)}")
+    views, q_views, group = _conditions(prior, views, q_views, group, n, device)
 
-    exact = method == "vsd" and isinstance(q, str) and q == "exact"
-    if exact and (
-        n == 1 or group is not None and (torch.unique(group, return_counts=True)[1] == 1).any()
-    ):
-        warnings.warn(
-            "q='exact' with a single particle is SDS: there is nothing to keep away from",
-            stacklevel=2,
-        )
-    if method == "sds":
-        q = None
-    elif isinstance(q, str) and q == "learned":
-        if not isinstance(_base(prior), NetDenoiser):
-            raise ValueError(
-                "q='learned' copies the prior's network, but the prior is a"
-                f" {type(_base(prior)).__name__}; pass q='exact' or q=LearnedScore(net,"
-                " prior.process)"
-            )
-        q = LearnedScore(
-            lora(copy.deepcopy(_base(prior)), generator=generator), generator=generator
-        )
+    exact, q = _own_score(prior, method, q, n, group, generator)
     learns = hasattr(q, "update")
     if warmup and not learns:
         raise ValueError(
@@ -465,24 +464,15 @@ def distill(
         k = i % len(views)
         x = render(scenes, k)
         high = t_range[1] if i < anneal_at * steps else t_max_late
-        t, eps = (
-            t_range[0] + (high - t_range[0]) * _rand(n, x.detach(), generator),
-            _randn(x.shape, x.detach(), generator),
-        )
+        t = t_range[0] + (high - t_range[0]) * _rand(n, x.detach(), generator)
+        eps = _randn(x.shape, x.detach(), generator)
         own = ParticleDenoiser(x, prior.process, scale, group) if exact else q
         # times come in no order: a guidance with a memory must not see a trajectory in them
         prior.start()
+        seen = {} if group is None else {"label": group}
+        conds = dict(cond=views[k], q_cond=seen if exact else q_views[k])
         try:
-            grad = score_distill_grad(
-                prior,
-                x,
-                t,
-                eps,
-                own,
-                weight=weight,
-                cond=views[k],
-                q_cond=({} if group is None else {"label": group}) if exact else q_views[k],
-            )
+            grad = score_distill_grad(prior, x, t, eps, own, weight=weight, **conds)
         except (RuntimeError, ValueError, TypeError) as e:
             if i >= len(views):
                 raise
@@ -506,7 +496,7 @@ def distill(
         if learns:
             q.update(x, **q_views[k])
         if callback:
-            callback(i + 1, scenes if isinstance(scenes, nn.Module) else scenes.detach(), grad)
+            callback(i + 1, scenes if module else scenes.detach(), grad)
 
     opt = optimizer(params, lr=lr)
     rates = [p["lr"] for p in opt.param_groups]
@@ -529,4 +519,4 @@ def distill(
             f"interrupted in step {i + 1} of {steps}; the particles are returned as they are",
             stacklevel=2,
         )
-    return scenes if isinstance(scenes, nn.Module) else scenes.detach()
+    return scenes if module else scenes.detach()
