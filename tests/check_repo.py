@@ -1,8 +1,9 @@
 """Notebooks and package agree: exporting changes nothing, the saved notebooks are clean, have
 outputs and no errors. Prints what to do.
 
-`--write` puts in order what follows from the notebooks: the modules, the README, and the metadata
-by which JupyterLab folds the cells that the site folds."""
+`--write` puts in order what follows from the notebooks: the modules, the README, the metadata by
+which JupyterLab folds the cells that the site folds, and the cell that installs the package where
+a notebook is opened in Colab."""
 
 import filecmp
 import json
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from configparser import ConfigParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,6 +75,8 @@ def unclean(path: Path) -> list[str]:  # what is wrong with a saved notebook
     code = [c for c in nb["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
     if any(c["metadata"] != folded(c) for c in nb["cells"]):
         bad.append("cell metadata (run make export and nbdev_clean)")
+    if has_code(nb) and nb["cells"][1]["source"] != colab_cell()["source"]:
+        bad.append("the cell for Colab is missing or another one (run make export)")
     if any(o["output_type"] == "error" for c in code for o in c["outputs"]):
         bad.append("an output holds an error")
     if code and not any(c["outputs"] for c in code):
@@ -85,9 +89,34 @@ def unclean(path: Path) -> list[str]:  # what is wrong with a saved notebook
     return bad
 
 
-def fold_all() -> None:  # write the metadata that `folded` asks for
+def colab_cell() -> (
+    dict
+):  # installs the package, in Colab only; the address is that of settings.ini
+    cfg = ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    source = f"""#| hide
+# only where the package is missing and this is Colab
+import importlib.util
+import subprocess
+import sys
+
+if "google.colab" in sys.modules and importlib.util.find_spec("diffkit") is None:
+    source = "diffkit[all] @ git+{cfg["DEFAULT"]["git_url"]}"
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)"""
+    cell = dict(cell_type="code", execution_count=None, id="c01ab000", metadata={}, outputs=[])
+    return cell | dict(source=source.splitlines(True))
+
+
+def has_code(nb: dict) -> bool:
+    return any(c["cell_type"] == "code" for c in nb["cells"])
+
+
+def tidy_notebooks() -> None:  # the metadata that `folded` asks for, and the cell for Colab
     for p in notebooks():
         nb = json.loads(p.read_text(encoding="utf-8"))
+        nb["cells"] = [c for c in nb["cells"] if c["id"] != "c01ab000"]
+        if has_code(nb):
+            nb["cells"].insert(1, colab_cell())
         for c in nb["cells"]:
             c["metadata"] = folded(c)
         text = json.dumps(nb, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
@@ -118,10 +147,10 @@ def readme() -> str:  # the front page as Markdown
 
 def main() -> int:
     if "--write" in sys.argv:
-        fold_all()
+        tidy_notebooks()
         export(ROOT)
         (ROOT / "README.md").write_text(readme(), encoding="utf-8")
-        print("modules, README.md and folds written")
+        print("modules, README.md, folds and the cell for Colab written")
         return 0
     wrong = [f"{p.relative_to(ROOT)}: {w}" for p in notebooks() for w in unclean(p)]
     wrong += [f"{p}: differs from its notebook (run make export)" for p in exported_differs()]
