@@ -178,7 +178,7 @@ class Prediction:
         "The rows `idx`: what a resampling of the batch needs."
         return self.map(lambda a: a[idx])
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #207dcfa5
 def combine(
     weights: Sequence,  # numbers, or tensors that broadcast against x
     predictions: Sequence[Prediction],  # at the same x and t
@@ -584,7 +584,7 @@ class Guided(Denoiser):
         )
         return [many.map(lambda a, i=i: a[i * B : (i + 1) * B]) for i in range(n)]
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #4d029398
 class CFG(Guided):
     """Classifier-free guidance. Source: Ho and Salimans 2022, eq. (6), with scale = 1 + w of
     that paper."""
@@ -608,7 +608,7 @@ def cfg(
     "Classifier-free guidance: `eps_u + scale * (eps_c - eps_u)`."
     return CFG(denoiser, scale, uncond, interval, batched)
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #8902f1d2
 class Contrast(Guided):
     """Guide away from a bad denoiser: `good + scale * (good - bad)`; autoguidance, PAG and
     their relatives are this. Source: Karras et al. 2024."""

@@ -39,7 +39,7 @@ def check_time(
             f" {low if not low >= 0 else high}"
         )
 
-
+# %% ../../nbs/core/000_process.ipynb #d0968d49
 class Process:
     """Noising process `x_t = alpha(t) x_0 + sigma(t) eps` on t in [0, 1]; a subclass gives
     `_alpha`, `_var` and `_time` in float64."""

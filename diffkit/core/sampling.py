@@ -63,7 +63,7 @@ def first_order(node: Node, target: Node) -> Row:  # for x0 predictions
 
 _ZERO = torch.zeros(())  # 0 + a x: a product with a number takes twice as long on small states
 
-
+# %% ../../nbs/core/002_sampling.ipynb #f7473173
 class Solver:
     "One update rule. `start` forgets the past, `step` moves the state from time t to time s < t."
 
@@ -145,7 +145,7 @@ class Solver:
         )
         return f"{type(self).__name__}({args})"
 
-
+# %% ../../nbs/core/002_sampling.ipynb #279aa751
 class MultistepSolver(Solver):
     """One evaluation a step; an update is one row of a table. A subclass gives `row`, and may
     override `order_at`, `kind_at`, `correct` or `update`."""
@@ -458,7 +458,7 @@ def trace(
     # a generator of its own, so that bad input raises at the call and not at the first state
     return _trace(denoiser, solver, x, times, cond or {}, generator, grad, check)
 
-
+# %% ../../nbs/core/002_sampling.ipynb #41a67136
 class BoundDenoiser:
     """The denoiser with its conditions, as the loop hands it to `Solver.step`: `(x, t) ->
     Prediction`."""
@@ -513,7 +513,7 @@ class BoundDenoiser:
         self.denoiser.reindex(idx)
         self.rows, self.last = len(idx), None if self.last is None else self.last.index(idx)
 
-
+# %% ../../nbs/core/002_sampling.ipynb #57d53ddb
 def _trace(denoiser, solver, x, times, cond, generator, grad, check):
     denoise = BoundDenoiser(denoiser, cond, len(x))
     denoiser.start(torch.tensor(times, dtype=torch.float64))
