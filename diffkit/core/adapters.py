@@ -339,7 +339,7 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
             original_samples.dtype
         )
 
-
+# %% ../../nbs/core/010_adapters.ipynb #5bc27d50
 def _from_config(config: dict) -> Solver:
     module, _, name = config["class"].rpartition(".")
     if module.split(".")[0] != "diffkit":

@@ -357,7 +357,7 @@ def write_atomic(
         Path(tmp).unlink(missing_ok=True)
         raise
 
-
+# %% ../../nbs/core/009_lab.ipynb #cf7f9c1c
 def run_one(
     path: Path,  # notebook
     scale: str = "quick",  # its size
@@ -424,7 +424,7 @@ def run_one(
         write_atomic(save, nbformat.writes(nb))
     return out
 
-
+# %% ../../nbs/core/009_lab.ipynb #01235fc3
 def run(
     slugs: list | None = None,  # slugs, numbers or paths; None: all but the benchmarks
     scale: str = "quick",  # size of the experiments

@@ -261,7 +261,7 @@ class Stage(nn.Module):
         h = self.res(h, c)
         return h if self.att is None else self.att(h)
 
-
+# %% ../../nbs/core/004_nets.ipynb #f242e096
 class UNet(nn.Module):
     """A small residual UNet with self-attention, time and class embedding, for images from 8x8
     to 64x64."""

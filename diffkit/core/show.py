@@ -91,7 +91,7 @@ def _finish(ax, xlabel, ylabel, title, log, legend):
         ax.legend(loc=legend if isinstance(legend, str) else "best")
     return ax
 
-
+# %% ../../nbs/core/008_show.ipynb #f3a661dc
 def lines(
     ax,  # axes to draw on
     x,  # (n,) common abscissa
@@ -163,7 +163,7 @@ def pareto(
             )
     return _finish(ax, xlabel, ylabel, title, log, legend)
 
-
+# %% ../../nbs/core/008_show.ipynb #7b2790eb
 def scatter(
     ax,  # axes to draw on
     points,  # (n, 2)
@@ -242,7 +242,7 @@ def images(
     ax.axis("off")
     return _finish(ax, "", "", title, "", False)
 
-
+# %% ../../nbs/core/008_show.ipynb #05ba72ce
 def bars_with_spread(
     ax,  # axes to draw on
     groups: dict,  # name -> values over seeds
@@ -378,7 +378,7 @@ def _webp(image, lossless=True):  # an image as a data address
     image.save(out, format="webp", lossless=lossless, quality=80, method=4)
     return "data:image/webp;base64," + base64.b64encode(out.getvalue()).decode()
 
-
+# %% ../../nbs/core/008_show.ipynb #f64f1767
 def _render(fig, where, ratio=2):  # rows of (address, width in CSS pixels), and if it has photos
     from PIL import Image
 
@@ -438,7 +438,7 @@ def _figure_html(n, caption, body, photo):
         "</figcaption></figure>"
     )
 
-
+# %% ../../nbs/core/008_show.ipynb #96e74c23
 def show_figure(
     fig,  # a matplotlib figure; panels with free space between them wrap on a narrow screen
     caption: str,  # what to see in it, in a sentence or two; $formulas$ are drawn
@@ -514,7 +514,7 @@ _SCRIPT = """(function () {
   if (!calm) play();
 })();"""
 
-
+# %% ../../nbs/core/008_show.ipynb #cc8f7105
 class Player:
     "Pre-rendered frames under sliders, as one piece of HTML."
 
@@ -566,7 +566,7 @@ class Player:
     def __repr__(self):
         return f"Figure {_number(self.caption)}, {len(self.frames)} frames: {', '.join(self.knobs)}"
 
-
+# %% ../../nbs/core/008_show.ipynb #faf36554
 def _play(figures, knobs, caption, alt, ratio, moves):
     drawn = [_render(f, "a frame", ratio) for f in figures]
     photo = any(p for _, p in drawn)

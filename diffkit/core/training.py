@@ -249,7 +249,7 @@ class _Tensors:
     def resume(self, s):
         self.pos = s["pos"]
 
-
+# %% ../../nbs/core/005_training.ipynb #947398e3
 class _Stream:
     """Batches from anything iterable; resumed by replay, or by the `state_dict` of the data
     where there is one."""
@@ -368,7 +368,7 @@ class Run:
         last = ", last " * bool(self.values) + ", ".join(f"{k} {v:.4g}" for k, v in last)
         return f"Run({self.step} steps, {self.samples} samples, {self.seconds:.1f} s{last})"
 
-
+# %% ../../nbs/core/005_training.ipynb #e566688f
 class _Objective(nn.Module):
     """The loss as a module that owns the model: what a distributed wrapper or autocast must see
     is this call."""
@@ -466,7 +466,7 @@ def _check(loss, data, steps, lr, ema, step, samples, batch_size, schedule, ever
             " progress in [0, 1]"
         )
 
-
+# %% ../../nbs/core/005_training.ipynb #53141aec
 def fit(
     # what is trained; moved to the accelerator; several players: an nn.ModuleDict
     model: nn.Module,
@@ -527,7 +527,7 @@ def fit(
         set_random_state(before)
         model.train(was_training)
 
-
+# %% ../../nbs/core/005_training.ipynb #23d9193a
 def _optimizers(optimizer, model, lr):
     if optimizer is None:
         return [torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)]
@@ -545,7 +545,7 @@ def _optimizers(optimizer, model, lr):
             raise TypeError(f"optimizer gave a {type(o).__name__}, not a torch optimizer")
     return opts
 
-
+# %% ../../nbs/core/005_training.ipynb #ea030304
 def _fit(
     model,
     loss,

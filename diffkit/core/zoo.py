@@ -201,7 +201,7 @@ RECIPES = {
     ),
 }
 
-
+# %% ../../nbs/core/007_zoo.ipynb #d34ec1e9
 def available() -> list[str]:  # names that `load` takes
     "The models of the zoo."
     return list(RECIPES)
@@ -458,7 +458,7 @@ def train(
         full,
     )
 
-
+# %% ../../nbs/core/007_zoo.ipynb #040b7e03
 def _publish(
     name,
     best,
