@@ -21,10 +21,7 @@ __all__ = ['SemiDiscreteOT', 'mass_bound', 'noised_targets', 'novelty', 'identit
 _ELEMENTS = 2**24  # entries of the largest table at a time: 64 MB in single precision
 
 
-def _blocks(
-    n,
-    width,  # slices of n rows, of so many rows that a table of that width fits
-):
+def _blocks(n, width):  # slices of n rows, of so many rows that a table of that width fits
     k = max(1, _ELEMENTS // max(1, width))
     return [slice(i, min(i + k, n)) for i in range(0, max(n, 1), k)]
 
@@ -59,22 +56,16 @@ class SemiDiscreteOT(nn.Module):
                 f"targets must all be different, got {twins} duplicates among {len(targets)}: their"
                 " cells are not determined; merge them and add up their weights"
             )
-        w = (
-            torch.full((len(targets),), 1 / len(targets), dtype=torch.float64)
-            if weights is None
-            else torch.as_tensor(weights).cpu().double()
-        )
+        equal = torch.full((len(targets),), 1 / len(targets), dtype=torch.float64)
+        w = equal if weights is None else torch.as_tensor(weights).cpu().double()
         if w.shape != (len(targets),) or not (w > 0).all() or abs(w.sum().item() - 1) > 1e-5:
             seen = f", smallest {w.min():.4g}, sum {w.sum():.6g}" if w.numel() else ""
             raise ValueError(
                 f"weights must be {len(targets)} positive numbers that sum to 1, got shape"
                 f" {tuple(w.shape)}{seen}"
             )
-        if not (
-            source in ("normal", "uniform")
-            if isinstance(source, str)
-            else isinstance(source, Process) or callable(source)
-        ):
+        named = source in ("normal", "uniform") if isinstance(source, str) else True
+        if not named or not (isinstance(source, str | Process) or callable(source)):
             raise ValueError(
                 "source must be normal, uniform, a Process or a function (n, generator) -> points,"
                 f" got {source!r}"
@@ -100,18 +91,15 @@ class SemiDiscreteOT(nn.Module):
         "Points of the source."
         if not isinstance(n, int) or n < 1:
             raise ValueError(f"n must be a positive integer, got {n!r}")
-        shape, where = (
-            (n, *self.targets.shape[1:]),
-            (generator.device if generator else self.targets.device),
-        )
+        shape = (n, *self.targets.shape[1:])
+        where = generator.device if generator else self.targets.device
         if isinstance(self.source, Process):
             x = self.source.prior(shape, generator, where)
         elif callable(self.source):
             x = self.source(n, generator)
         else:
-            x = (torch.randn if self.source == "normal" else torch.rand)(
-                shape, generator=generator, device=where, dtype=self.targets.dtype
-            )
+            law = torch.randn if self.source == "normal" else torch.rand
+            x = law(shape, generator=generator, device=where, dtype=self.targets.dtype)
         return self._flat(x, "what source returns").reshape(shape)
 
     def best(
@@ -130,11 +118,13 @@ class SemiDiscreteOT(nn.Module):
             )
         return u, torch.cat([o.indices for o in out])
 
-    # (B,) index of the target of each point
-    def assign(self, x: torch.Tensor) -> torch.Tensor:  # (B,) index of the target of each point
+    def assign(
+        self,
+        x: torch.Tensor,  # (B, *event) source points
+    ) -> torch.Tensor:  # (B,) index of the target of each point
+        "Where each point goes."
         return self.best(x)[1]
 
-    # (B, *event) the map T
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, *event) the map T
         return self.targets[self.assign(x)]
 
@@ -210,11 +200,10 @@ class SemiDiscreteOT(nn.Module):
                 f"tol must exceed {floor:.3g}, the sampling noise of the masses of a batch of"
                 f" {batch}, or it is never reached; got {tol!r}"
             )
-        x = (
-            self.draw(batch, generator)
-            if points is None
-            else self._flat(points, "points").reshape(points.shape)
-        )
+        if points is None:
+            x = self.draw(batch, generator)
+        else:
+            x = self._flat(points, "points").reshape(points.shape)
         if lr is None:
             y = self.targets.flatten(1)[:: -(-len(self.h) // 1000)]
             lr = 0.02 * (torch.pdist(y).median() * x.flatten(1).std(0, correction=0).mean()).item()
@@ -223,14 +212,9 @@ class SemiDiscreteOT(nn.Module):
                     "lr must be given where the source points have no spread, got lr=None and"
                     f" {len(x)} points"
                 )
-        h, mean, m, v, best, waited, drops = (
-            self.h.clone(),
-            self.h.clone(),
-            *torch.zeros(2, len(self.h)).to(self.h),
-            float("inf"),
-            0,
-            0,
-        )
+        h, mean = self.h.clone(), self.h.clone()
+        m, v = torch.zeros(2, len(self.h)).to(self.h)
+        best, waited, drops = float("inf"), 0, 0
         for k in range(1, iters + 1):
             self.h.copy_(h)
             grad = self._mass(x) - self.weights
@@ -308,15 +292,8 @@ def identity_kept(
         raise ValueError(f"t must leave some signal, but alpha({t}) is 0 for {process!r}")
     y = (noised_targets(process, data, t, generator=generator) / process.alpha(t)).flatten(1)
     x = data.flatten(1)
-    return (
-        (
-            torch.cat([torch.cdist(y[i], x).argmin(1) for i in _blocks(len(x), len(x))])
-            == torch.arange(len(x), device=x.device)
-        )
-        .float()
-        .mean()
-        .item()
-    )
+    near = torch.cat([torch.cdist(y[i], x).argmin(1) for i in _blocks(len(x), len(x))])
+    return (near == torch.arange(len(x), device=x.device)).float().mean().item()
 
 
 @torch.no_grad()
