@@ -25,7 +25,7 @@ def _blocks(n, width):  # slices of n rows, of so many rows that a table of that
     k = max(1, _ELEMENTS // max(1, width))
     return [slice(i, min(i + k, n)) for i in range(0, max(n, 1), k)]
 
-
+# %% ../../nbs/solvers/208_dpm_ot.ipynb #8cb474e1
 class SemiDiscreteOT(nn.Module):
     """Optimal transport, for the squared distance, of a continuous source to N weighted points;
     called on source points it maps them. Source: arXiv 2307.11308."""
