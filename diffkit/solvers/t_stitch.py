@@ -74,11 +74,8 @@ class Stitched(Denoiser):
                     f"models must share one process, got {models[0].process!r} and {m.process!r};"
                     " zoo.under(denoiser, process) moves a model to another one"
                 )
-        f = (
-            [float(fractions), 1.0 - float(fractions)]
-            if isinstance(fractions, (int, float))
-            else [float(v) for v in fractions]
-        )
+        share = isinstance(fractions, int | float)
+        f = [float(v) for v in ([fractions, 1.0 - fractions] if share else fractions)]
         if len(f) != len(models):
             raise ValueError(
                 f"fractions must have one entry a model ({len(models)}), got {fractions!r}"
@@ -86,20 +83,18 @@ class Stitched(Denoiser):
         if not min(f) >= 0 or abs(sum(f) - 1) > 1e-6:
             raise ValueError(f"fractions must lie in [0, 1] and sum to 1, got {fractions!r}")
         self.models, self.fractions, self.by = nn.ModuleList(models), f, by
-        self.process, self.null, self.stochastic = (
-            models[-1].process,
-            models[-1].null,
-            any(m.stochastic for m in models),
-        )
-        self.given, self.switches, self.forced, self.calls = grid, None, None, [0] * len(models)
+        self.process, self.null = models[-1].process, models[-1].null
+        self.stochastic = any(m.stochastic for m in models)
+        self.given, self.switches, self.forced = grid, None, None
+        self.calls = [0] * len(models)
         if grid is not None:
             self._lay(grid)
 
     def steps(self, n: int) -> list[int]:
         "How many of n steps each model gets."
-        ends = [
-            round(n * sum(self.fractions[: k + 1]) + 1e-9) for k in range(len(self.fractions) - 1)
-        ] + [n]
+        # 1e-9: 0.3 * 10 is a hair below 3
+        parts = [sum(self.fractions[: k + 1]) for k in range(len(self.fractions) - 1)]
+        ends = [*(round(n * v + 1e-9) for v in parts), n]
         return [b - a for a, b in zip([0, *ends], ends)]
 
     def cost(
@@ -116,9 +111,9 @@ class Stitched(Denoiser):
     def _lay(self, grid):
         t = torch.as_tensor(grid, dtype=torch.float64).tolist()
         ends = torch.tensor(self.steps(len(t) - 1)).cumsum(0).tolist()[:-1]
-        self.switches = [
-            2.0 if e == 0 else -1.0 if e == len(t) - 1 else (t[e - 1] + t[e]) / 2 for e in ends
-        ]
+        # halfway between two times; beyond both ends of [0, 1] where a model gets all or nothing
+        between = lambda e: (t[e - 1] + t[e]) / 2
+        self.switches = [2.0 if e == 0 else -1.0 if e == len(t) - 1 else between(e) for e in ends]
 
     def start(self, grid=None):
         super().start(grid)
@@ -143,28 +138,22 @@ class Stitched(Denoiser):
         return (t[..., None] < torch.tensor(self.switches, dtype=torch.float64)).sum(-1)
 
     def forward(self, x, t, **cond):
-        k = (
-            self.which(t.cpu() if isinstance(t, torch.Tensor) else t)
-            if self.forced is None
-            else torch.tensor(self.forced)
-        )
+        if self.forced is not None:
+            k = torch.tensor(self.forced)
+        else:
+            k = self.which(t.cpu() if isinstance(t, torch.Tensor) else t)
         if k.ndim == 0 or (k == k[0]).all():
             k = int(k.flatten()[0])
             self.calls[k] += 1
             return self.models[k](x, t, **cond)
         # samples that stand at different times: each part of the batch by its model
+        each = lambda v: isinstance(v, torch.Tensor) and v.ndim and len(v) == len(x)
         x0 = torch.empty_like(x)
         for j in k.unique().tolist():
             at = (k == j).to(x.device)
             self.calls[j] += 1
-            x0[at] = self.models[j](
-                x[at],
-                t[at],
-                **{
-                    n: v[at] if isinstance(v, torch.Tensor) and v.ndim and len(v) == len(x) else v
-                    for n, v in cond.items()
-                },
-            ).x0
+            own = {n: v[at] if each(v) else v for n, v in cond.items()}
+            x0[at] = self.models[j](x[at], t[at], **own).x0
         return Prediction.of(x, t, self.process, x0=x0)
 
 
@@ -196,12 +185,8 @@ class StitchSolver(Solver):
             raise TypeError(f"solver must be a Solver, got {solver!r}")
         if not isinstance(stitched, Stitched):
             raise TypeError(f"stitched must come from stitch(...), got {type(stitched).__name__}")
-        self.solver, self.stitched, self.reset_history, self.evals_per_step = (
-            solver,
-            stitched,
-            reset_history,
-            solver.evals_per_step,
-        )
+        self.solver, self.stitched, self.reset_history = solver, stitched, reset_history
+        self.evals_per_step = solver.evals_per_step
 
     @property
     def reuses(self):
@@ -219,11 +204,8 @@ class StitchSolver(Solver):
     def step(self, denoise, x, t, s):
         k, self.i = self.model[self.i], self.i + 1
         if self.reset_history and self.i > 1 and k != self.model[self.i - 2]:
-            self.solver.start(
-                self.process,
-                torch.tensor(self.times[self.i - 1 :], dtype=torch.float64),
-                self.generator,
-            )
+            left = torch.tensor(self.times[self.i - 1 :], dtype=torch.float64)
+            self.solver.start(self.process, left, self.generator)
         self.stitched.forced = k
         try:
             return self.solver.step(denoise, x, t, s)
@@ -247,22 +229,14 @@ def sweep(
     **kwargs,
 ) -> list[dict]:  # fraction, cost (of one step, the large model = 1), value
     "Quality over cost: no search, one run a fraction; further arguments go to `sample`."
-    prices = (
-        [float(sum(p.numel() for p in m.parameters())) for m in models]
-        if prices is None
-        else list(prices)
-    )
+    size = lambda m: float(sum(p.numel() for p in m.parameters()))
+    prices = [size(m) for m in models] if prices is None else list(prices)
     if not prices[-1] > 0:
         raise ValueError("prices are needed for models without parameters, e.g. prices=[0.1, 1.]")
     out = []
     for r in fractions:
         d = stitch(models, r)
         value = metric(sample(d, solver(), x, grid, progress=False, **kwargs))
-        out.append(
-            {
-                "fraction": float(r),
-                "cost": d.cost(prices) / prices[-1] / max(sum(d.calls), 1),
-                "value": float(value),
-            }
-        )
+        cost = d.cost(prices) / prices[-1] / max(sum(d.calls), 1)
+        out.append({"fraction": float(r), "cost": cost, "value": float(value)})
     return out
