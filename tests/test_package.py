@@ -112,3 +112,16 @@ def test_a_failing_notebook_is_named_with_its_cell_and_stops_nothing():
             and "901_bad (cell 2: ValueError: no such wind)" in r.stdout
             and "1 of 2 notebooks passed" in r.stdout
         ), r.stdout + r.stderr
+
+
+def test_help_lists_every_parameter_with_its_comment():
+    r = python("import diffkit as dk; help(dk.apg); help(dk.TimeShift); help(dk.stitch)")
+    assert r.returncode == 0, r.stderr
+    text = " ".join(r.stdout.split())
+    # one with its default, one of a class's __init__, one whose comment stands above it
+    for said in (
+        "eta : float, default 0.0 weight of the parallel part; 1 is cfg's, 0 the paper's",
+        "window : float",
+        "share of the path of the first of two models, or one share a model",
+    ):
+        assert said in text, said
