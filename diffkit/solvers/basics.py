@@ -37,22 +37,13 @@ def reference_trajectory(
     out, times, process = [x], torch.as_tensor(grid).tolist(), denoiser.process
     for t, s in zip(times, times[1:]):
         if substeps is None:
-            out.append(
-                exact_flow(denoiser, None, out[-1], t, s, rtol=rtol, atol=rtol * 1e-2, **cond)
-            )
+            tight = dict(rtol=rtol, atol=rtol * 1e-2)
+            out.append(exact_flow(denoiser, None, out[-1], t, s, **tight, **cond))
             continue
         lam = [min(max(float(process.log_snr(v)), -15.0), 15.0) for v in (t, s)]
         inner = process.time(torch.linspace(*lam, substeps + 1, dtype=torch.float64)[1:-1]).tolist()
-        out.append(
-            sample(
-                denoiser,
-                Heun(),
-                out[-1],
-                torch.tensor([t, *inner, s], dtype=torch.float64),
-                cond=cond,
-                progress=False,
-            )
-        )
+        part = torch.tensor([t, *inner, s], dtype=torch.float64)
+        out.append(sample(denoiser, Heun(), out[-1], part, cond=cond, progress=False))
     return torch.stack(out)
 
 
@@ -69,13 +60,11 @@ def local_errors(
         raise ValueError(f"truth must have one state a time ({len(times)}), got {len(truth)}")
     denoiser.start(times)
     solver.start(denoiser.process, times)
+    ask = lambda x, t: denoiser(x, t, **cond)
+    pairs = list(zip(times.tolist(), times.tolist()[1:]))
     with torch.no_grad():
-        return torch.tensor(
-            [
-                rms(solver.step(lambda x, u: denoiser(x, u, **cond), truth[i], t, s), truth[i + 1])
-                for i, (t, s) in enumerate(zip(times.tolist(), times.tolist()[1:]))
-            ]
-        )
+        ends = [solver.step(ask, truth[i], t, s) for i, (t, s) in enumerate(pairs)]
+        return torch.tensor([rms(end, want) for end, want in zip(ends, truth[1:])])
 
 # %% ../../nbs/solvers/200_basics.ipynb #f12a523b
 def solver_table(
@@ -122,20 +111,17 @@ def stability_interval(
     tol: float = 1e-6,  # accuracy of the end; also what counts as growth
 ) -> float:  # the most negative z such that [z, 0] is stable
     "Left end of the interval of the negative real axis on which disturbances do not grow."
-    grid = -torch.logspace(
-        -3, torch.tensor(-float(lowest)).log10().item(), 4000, dtype=torch.float64
-    )
+    far = torch.tensor(-float(lowest)).log10().item()
+    grid = -torch.logspace(-3, far, 4000, dtype=torch.float64)
     bad = (spectral_radius(a, b, grid) > 1 + tol).nonzero().flatten()
     if not len(bad):
         return float(lowest)
     i = int(bad[0])
     lo, hi = float(grid[i]), float(grid[i - 1]) if i else 0.0
     while hi - lo > tol:
-        lo, hi = (
-            ((lo + hi) / 2, hi)
-            if float(spectral_radius(a, b, (lo + hi) / 2)) > 1 + tol
-            else (lo, (lo + hi) / 2)
-        )
+        mid = (lo + hi) / 2
+        grows = float(spectral_radius(a, b, mid)) > 1 + tol
+        lo, hi = (mid, hi) if grows else (lo, mid)
     return hi
 
 # %% ../../nbs/solvers/200_basics.ipynb #e1c1c57b
@@ -152,15 +138,10 @@ def guided_bed(
     means = 2 * torch.rand(30, dim, generator=g, dtype=torch.float64) - 1
     d = MixtureDenoiser(GaussianMixture(means, scales=0.3, labels=[0] * 3 + [1] * 27), process)
     # the size of the noise, or nearly, in every process
-    x = (
-        torch.randn(n, dim, generator=g, dtype=torch.float64)
-        * (process.alpha(1.0) ** 2 + process.sigma(1.0) ** 2).sqrt()
-    )
-    return (
-        (cfg(d, guidance_scale) if guidance_scale != 1 else d),
-        x,
-        {"label": torch.zeros(n, dtype=torch.long)},
-    )
+    size = (process.alpha(1.0) ** 2 + process.sigma(1.0) ** 2).sqrt()
+    x = size * torch.randn(n, dim, generator=g, dtype=torch.float64)
+    guided = cfg(d, guidance_scale) if guidance_scale != 1 else d
+    return guided, x, {"label": torch.zeros(n, dtype=torch.long)}
 
 
 def step_eigenvalues(
@@ -174,7 +155,6 @@ def step_eigenvalues(
     for node, target, x in zip(nodes, nodes[1:], truth):
         f = lambda z, a=node.alpha, t=node.t.item(): denoiser(a * z, t, **cond).eps
         J = torch.autograd.functional.jacobian(f, x / node.alpha).reshape(x.numel(), x.numel())
-        out.append(
-            (target.sigma / target.alpha - node.sigma / node.alpha) * torch.linalg.eigvals(J)
-        )
+        step = target.sigma / target.alpha - node.sigma / node.alpha
+        out.append(step * torch.linalg.eigvals(J))
     return torch.stack(out)
