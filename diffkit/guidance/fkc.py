@@ -17,8 +17,8 @@ from ..core.process import Process, expand
 from ..core.sampling import Solver
 
 # %% auto #0
-__all__ = ['flatten_parts', 'Geometric', 'geometric', 'anneal', 'product', 'Tilted', 'tilt',
-           'weight_rate', 'Terms', 'weight_terms', 'drift', 'ess', 'systematic', 'fkc_prior',
+__all__ = ['flatten_parts', 'Geometric', 'geometric', 'anneal', 'product', 'weight_rate', 'Tilted',
+           'tilt', 'Terms', 'weight_terms', 'drift', 'ess', 'systematic', 'fkc_prior',
            'log_z_prior', 'FKC']
 
 # %% ../../nbs/guidance/306_fkc.ipynb #4824486a
@@ -37,9 +37,9 @@ class Geometric(Denoiser):
 
     def __init__(
         self,
-        denoisers: Sequence[Denoiser],
-        exponents: Sequence[float | torch.Tensor],
-        conds: Sequence[dict] | None = None,  # as for `geometric`
+        denoisers: Sequence[Denoiser],  # models of one process
+        exponents: Sequence[float | torch.Tensor],  # one each, as for `geometric`
+        conds: Sequence[dict] | None = None,  # conditions of each factor, as for `geometric`
     ):
         super().__init__()
         denoisers, exponents = list(denoisers), list(exponents)
@@ -62,8 +62,8 @@ class Geometric(Denoiser):
                 )
         for w in exponents:
             if (
-                not isinstance(w, (int, float, torch.Tensor))
-                or isinstance(w, bool)
+                isinstance(w, bool)
+                or not isinstance(w, (int, float, torch.Tensor))
                 or not torch.isfinite(torch.as_tensor(w)).all()
                 or torch.as_tensor(w).ndim > 1
             ):
@@ -80,12 +80,8 @@ class Geometric(Denoiser):
         self.exponents, self.conds = tuple(exponents), tuple(conds)
         for i, d in enumerate(denoisers):
             self.add_module(f"factor{i}", d)
-        d = denoisers[0]
-        self.process, self.null, self.stochastic = (
-            d.process,
-            d.null,
-            any(v.stochastic for v in denoisers),
-        )
+        self.process, self.null = denoisers[0].process, denoisers[0].null
+        self.stochastic = any(d.stochastic for d in denoisers)
 
     def forward(self, x, t, **cond):
         predictions = [
@@ -110,10 +106,10 @@ class Geometric(Denoiser):
             parts=tuple(zip(exponents, predictions)),
         )
 
-
+# %% ../../nbs/guidance/306_fkc.ipynb #57c54137
 def geometric(
     denoisers: Sequence[Denoiser],  # models of one process
-    # one each; numbers, or (B,) tensors; constant in time, positive sum
+    # one each: numbers, or (B,) tensors; constant in time, with a positive sum
     exponents: Sequence[float | torch.Tensor],
     # for each factor, conditions that overrule the user's: [{"label": 3}, {"label": 8}]
     conds: Sequence[dict] | None = None,
@@ -125,7 +121,7 @@ def geometric(
 
 def anneal(
     denoiser: Denoiser,  # the model, guided or not
-    # inverse temperature: above 1 sharper, below 1 flatter; a number, or one a sample
+    # inverse temperature, a number or (B,): above 1 sharper, below 1 flatter
     beta: float | torch.Tensor,
 ) -> Geometric:
     "The denoiser of `q^beta`."
@@ -133,8 +129,7 @@ def anneal(
 
 
 def product(
-    # models of one process; the same one twice, with different conds, is fine
-    *denoisers: Denoiser,
+    *denoisers: Denoiser,  # models of one process; one model twice, with other conds, is fine
     beta: float | torch.Tensor = 1.0,  # exponent of all
     conds: Sequence[dict] | None = None,  # conditions of each factor, as for `geometric`
 ) -> Geometric:
@@ -142,9 +137,8 @@ def product(
     return Geometric(denoisers, [beta] * len(denoisers), conds)
 
 # %% ../../nbs/guidance/306_fkc.ipynb #0ed5588a
-def _wide(
-    x,  # norms and weights are computed in the widest type the device has
-):
+# norms and weights are computed in the widest type the device has
+def _wide(x):
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
@@ -152,12 +146,43 @@ def _dot(a, b):
     return (_wide(a) * _wide(b)).flatten(1).sum(1)
 
 
+# the leaves that are scores, and those that are rewards
+def _split(prediction):
+    every = flatten_parts(prediction)
+    scores = [leaf for leaf in every if "reward" not in leaf[1].extra]
+    return scores, [leaf for leaf in every if "reward" in leaf[1].extra]
+
+
+def weight_rate(
+    prediction: Prediction,  # of a denoiser with parts
+) -> torch.Tensor:  # (B,) float64
+    """`|eps|^2 - sum_i gamma_i |eps_i|^2`, what a log-weight gains per unit of log_snr; rewards
+    add their inner product. Source: arXiv 2503.02819."""
+    scores, rewards = _split(prediction)
+    total, eps = sum(w for w, _ in scores), [_wide(p.eps) for _, p in scores]
+    rate = torch.zeros(len(eps[0]), dtype=eps[0].dtype, device=eps[0].device)
+    for (w, _), e in zip(scores, eps):
+        rate = rate + (total - 1) * w * _dot(e, e)
+    for i, (w, _) in enumerate(scores):
+        for (v, _), e in zip(scores[:i], eps):
+            rate = rate - w * v * _dot(eps[i] - e, eps[i] - e)
+    for m, p in rewards:
+        mean = sum(expand(w, e) * e for (w, _), e in zip(scores, eps))
+        rate = rate + m * _dot(mean, p.eps)
+    return rate
+
+# %% ../../nbs/guidance/306_fkc.ipynb #b68ac337
 class Tilted(Guided):
     "The score of `q_t exp(b_t r)`."
 
     off = None  # always keeps its parts
 
-    def __init__(self, denoiser: Denoiser, reward: Callable, strength: float | Callable = 1.0):
+    def __init__(
+        self,
+        denoiser: Denoiser,  # the model, guided or not
+        reward: Callable,  # differentiable: states x (B, ...) -> (B,)
+        strength: float | Callable = 1.0,  # b, as for `tilt`
+    ):
         super().__init__(denoiser, strength)
         if not callable(reward):
             raise TypeError(
@@ -182,72 +207,34 @@ class Tilted(Guided):
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)
-        keep = torch.is_grad_enabled()
+        keep = torch.is_grad_enabled() and x.requires_grad
         with torch.enable_grad():
-            y = x if keep and x.requires_grad else x.detach().requires_grad_()
+            y = x if keep else x.detach().requires_grad_()
             r = self.reward(y)
             if not isinstance(r, torch.Tensor) or r.shape != (len(x),):
                 raise ValueError(
                     f"reward must return one number a sample, ({len(x)},), got"
                     f" {tuple(r.shape) if isinstance(r, torch.Tensor) else type(r).__name__}"
                 )
-            (grad,) = torch.autograd.grad(r.sum(), y, create_graph=keep and x.requires_grad)
-        b = self.strength(t)
-        push = (-p.sigma * b * grad).to(x.dtype)
-        tilt = Prediction.of(
-            x,
-            t,
-            self.process,
-            eps=push,
-            extra={
-                "reward": r if keep and x.requires_grad else r.detach(),
-                "strength": self.strength,
-            },
-        )
-        return Prediction.of(
-            x, t, self.process, eps=p.eps + push, extra=p.extra, parts=((1.0, p), (1.0, tilt))
-        )
+            (grad,) = torch.autograd.grad(r.sum(), y, create_graph=keep)
+        push = (-p.sigma * self.strength(t) * grad).to(x.dtype)
+        extra = {"reward": r if keep else r.detach(), "strength": self.strength}
+        tilt = Prediction.of(x, t, self.process, eps=push, extra=extra)
+        parts = ((1.0, p), (1.0, tilt))
+        return Prediction.of(x, t, self.process, eps=p.eps + push, extra=p.extra, parts=parts)
 
 
 def tilt(
     denoiser: Denoiser,  # the model, guided or not
     reward: Callable,  # differentiable: states x (B, ...) at any noise level -> (B,)
-    # b at time 0, growing like alpha^2 / (alpha^2 + sigma^2); or your own function of time, 0 at
-    # the start
+    # b at time 0, reached like alpha^2 / (alpha^2 + sigma^2), the signal's share; or your own
+    # function of time, which should be 0 at the start
     strength: float | Callable = 1.0,
 ) -> Tilted:
     "The denoiser of `q_t(x) exp(b_t r(x))`: at time 0 the model, tilted by a reward."
     return Tilted(denoiser, reward, strength)
 
-
-def _split(
-    prediction,  # scores, rewards
-):
-    every = flatten_parts(prediction)
-    return [e for e in every if "reward" not in e[1].extra], [
-        e for e in every if "reward" in e[1].extra
-    ]
-
-
-def weight_rate(
-    prediction: Prediction,  # of a denoiser with parts
-) -> torch.Tensor:  # (B,) float64
-    """`|eps|^2 - sum_i gamma_i |eps_i|^2`, what a log-weight gains per unit of log_snr; rewards
-    add their inner product. Source: arXiv 2503.02819."""
-    scores, rewards = _split(prediction)
-    total, eps = sum(w for w, _ in scores), [_wide(p.eps) for _, p in scores]
-    rate = sum(
-        ((total - 1) * w * _dot(e, e) for (w, _), e in zip(scores, eps)),
-        torch.zeros(len(eps[0]), dtype=eps[0].dtype, device=eps[0].device),
-    )
-    for i, (w, _) in enumerate(scores):
-        for (v, _), e in zip(scores[:i], eps):
-            rate = rate - w * v * _dot(eps[i] - e, eps[i] - e)
-    for m, p in rewards:
-        rate = rate + m * _dot(sum(expand(w, e) * e for (w, _), e in zip(scores, eps)), p.eps)
-    return rate
-
-
+# %% ../../nbs/guidance/306_fkc.ipynb #f5db2cfd
 class Terms(NamedTuple):
     "`d log w = lam d lambda + log_alpha d log alpha + sum m r db`."
 
@@ -256,15 +243,11 @@ class Terms(NamedTuple):
     rewards: list  # (m, function of time b, (B,) reward r)
 
 
-def _gaussian(
-    prediction,
-    # x_t minus the mean, and the share of noise in the variance, if the data were one Gaussian
-    match,
-):
+# x_t minus its mean, and the share of noise in its variance, if the data were one Gaussian
+def _gaussian(prediction, match):
     (mean, std), a, s, x = match, prediction.alpha, prediction.sigma, prediction.x
-    return x - a * (mean.to(x) if isinstance(mean, torch.Tensor) else mean), s * s / (
-        a * a * float(std) ** 2 + s * s
-    )
+    away = x - a * (mean.to(x) if isinstance(mean, torch.Tensor) else mean)
+    return away, s * s / (a * a * float(std) ** 2 + s * s)
 
 
 def weight_terms(
@@ -277,16 +260,14 @@ def weight_terms(
     total, p = sum(w for w, _ in scores), prediction
     lam, dim = weight_rate(p), p.x[0].numel() if len(p.x) else 0
     if match is not None:
-        away, rho = _gaussian(p, match)
-        lam = lam + (total - 1) * (
-            _wide(rho).reshape(-1) if isinstance(rho, torch.Tensor) else rho
-        ) * (dim - _dot(away, p.eps / p.sigma))
+        away, kappa = _gaussian(p, match)
+        share = _wide(kappa).reshape(-1) if isinstance(kappa, torch.Tensor) else kappa
+        lam = lam + (total - 1) * share * (dim - _dot(away, p.eps / p.sigma))
     log_alpha = torch.zeros_like(lam) - (total - 1) * dim
     for m, q in rewards:
         log_alpha = log_alpha - m * _dot(q.x, q.eps / q.sigma)
-    return Terms(
-        lam, log_alpha, [(m, q.extra["strength"], _wide(q.extra["reward"])) for m, q in rewards]
-    )
+    gains = [(m, q.extra["strength"], _wide(q.extra["reward"])) for m, q in rewards]
+    return Terms(lam, log_alpha, gains)
 
 
 def drift(
@@ -302,8 +283,8 @@ def drift(
         out = out + expand(m, p.x) * q.sigma * q.eps
     if match is None:
         return out
-    away, rho = _gaussian(p, match)
-    return out + expand(sum(w for w, _ in scores) - 1, p.x) * rho * away
+    away, kappa = _gaussian(p, match)
+    return out + expand(sum(w for w, _ in scores) - 1, p.x) * kappa * away
 
 # %% ../../nbs/guidance/306_fkc.ipynb #01992279
 def ess(
@@ -316,9 +297,9 @@ def ess(
 def systematic(
     log_w: torch.Tensor,  # (..., N) log-weights, up to a constant
     n: int | None = None,  # number of draws; default: N
-    # (..., 1) in [0, 1): the draw itself, where a result must be reproducible
+    # (..., 1) in [0, 1): the uniform number itself, where a result must be reproducible
     u: torch.Tensor | float | None = None,
-    generator: torch.Generator | None = None,  # otherwise: source of randomness
+    generator: torch.Generator | None = None,  # source of the number, if u is not given
 ) -> torch.Tensor:  # (..., n) indices, increasing
     """Systematic resampling: index i appears floor(n w_i) or one more times; the identity where
     weights are equal."""
@@ -330,17 +311,11 @@ def systematic(
     cum = _wide(log_w).softmax(-1).cumsum(-1)
     cum = cum / cum[..., -1:]  # the last entry is exactly 1, so that no draw falls behind it
     if u is None:
-        u = torch.rand(
-            (*log_w.shape[:-1], 1),
-            generator=generator,
-            device=generator.device if generator else log_w.device,
-            dtype=cum.dtype,
-        )
-    points = (
-        ((torch.as_tensor(u).to(cum) + torch.arange(n, device=cum.device)) / n)
-        .expand(*cum.shape[:-1], n)
-        .contiguous()
-    )
+        where = generator.device if generator else log_w.device
+        shape = (*log_w.shape[:-1], 1)
+        u = torch.rand(shape, generator=generator, device=where, dtype=cum.dtype)
+    points = (torch.as_tensor(u).to(cum) + torch.arange(n, device=cum.device)) / n
+    points = points.expand(*cum.shape[:-1], n).contiguous()
     return torch.searchsorted(cum, points, right=True).clamp(max=cum.shape[-1] - 1)
 
 
@@ -355,17 +330,15 @@ def fkc_prior(
     process: Process,  # of the models
     shape: tuple,  # (B, ...)
     exponents: float | Sequence[float],  # those of the mixture, or their sum; guidance: 1
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    generator: torch.Generator | None = None,  # source of randomness
+    device: torch.device | str | None = None,  # where the states shall be
     dtype: torch.dtype | None = None,  # as for `Process.prior`
     t: float | None = None,  # start time; default: the process's t_max
 ) -> torch.Tensor:
     """Where a geometric mixture starts: `N(0, sigma^2 / sum(exponents))`, right where alpha is
     much smaller than sigma."""
-    return (
-        process.prior(shape, generator, device, dtype, process.t_max if t is None else t)
-        / _total(exponents) ** 0.5
-    )
+    x = process.prior(shape, generator, device, dtype, process.t_max if t is None else t)
+    return x / _total(exponents) ** 0.5
 
 
 def log_z_prior(
@@ -377,18 +350,137 @@ def log_z_prior(
     """log of `int prod q_i^gamma_i` at the start: add it to `FKC.log_z` to have the evidence at
     the end."""
     total = _total(exponents)
-    return (
-        dim
-        / 2
-        * (
-            (1 - total)
-            * math.log(2 * math.pi * float(process.sigma(process.t_max if t is None else t)) ** 2)
-            - math.log(total)
-        )
+    sigma = float(process.sigma(process.t_max if t is None else t))
+    return dim / 2 * ((1 - total) * math.log(2 * math.pi * sigma**2) - math.log(total))
+
+# %% ../../nbs/guidance/306_fkc.ipynb #b6533390
+# the SDE over one step, exact if the data near the particle are N(prediction, std^2)
+def _move(
+    p,  # prediction at (x, t)
+    x,
+    process,
+    t,
+    s,
+    total,  # (B,) sum of the exponents
+    noise,  # (B, ...) unit noise
+    zeta,
+    std,
+    match,
+):
+    wide = lambda v: expand(v, x).to(x.dtype)
+    a0, s0, a1, s1 = (float(f(u)) for u in (t, s) for f in (process.alpha, process.sigma))
+    u0, u1 = std**2 + (s0 / a0) ** 2, std**2 + (s1 / a1) ** 2
+    eps, z2 = p.eps, zeta**2
+    for m, q in _split(p)[1]:
+        eps = eps - expand(m, x) / (1 + z2) * q.eps
+    y = x / a0
+    # of the cloud; the prediction of x_0 for std = 0
+    centre = y - wide(u0 * a0 / (total * s0)) * eps
+    pull = k = (1 + z2) * total
+    if match is not None:
+        mean = match[0].to(x) if isinstance(match[0], torch.Tensor) else match[0]
+        push = (total - 1) * u0 / (match[1] ** 2 + (s0 / a0) ** 2)
+        k = pull - push
+        centre = (wide(pull) * centre - wide(push) * mean) / wide(k)
+    shrink, q = (u1 / u0) ** (k / 2), k - 1
+    # u1 (1 - (u1 / u0)^q) / q, and its limit at q = 0; written so that u1 = 0 is legal
+    var = torch.where(
+        q.abs() > 1e-9,
+        (u1 - u0 * shrink**2) / torch.where(q.abs() > 1e-9, q, 1.0),
+        u1 * math.log(u0 / u1) if u1 else 0.0,
     )
+    out = centre + wide(shrink) * (y - centre) + wide(zeta * var.clamp(min=0).sqrt()) * noise
+    return (a1 * out).to(x.dtype)
+
+# %% ../../nbs/guidance/306_fkc.ipynb #3855c833
+class _Particles(Solver):  # groups of particles: where each row stands, and which rows survive
+    # rows of each group as a (groups, size) table, short groups padded
+    def _layout(self, x, cond):
+        B, g = len(x), self.groups
+        if g is None:
+            each = [v for v in cond.values() if isinstance(v, torch.Tensor) and v.ndim]
+            keys = [_wide(v.reshape(B, -1)) for v in each if len(v) == B]
+            g = torch.unique(torch.cat(keys, 1), dim=0, return_inverse=True)[1] if keys else 1
+        if isinstance(g, int):
+            if B % g:
+                raise ValueError(f"groups={g} equal blocks do not fit a batch of {B}")
+            g = torch.arange(B, device=x.device) // max(B // g, 1)
+        if len(g) != B:
+            raise ValueError(f"groups must have one entry a sample ({B}), got {len(g)}")
+        g = torch.unique(g.to(x.device), return_inverse=True)[1]
+        size = torch.bincount(g, minlength=1)
+        order, first = torch.argsort(g, stable=True), size.cumsum(0) - size
+        self.column = torch.empty_like(order)
+        self.column[order] = torch.arange(B, device=x.device) - first[g[order]]
+        self.row, self.size = g, _wide(size)
+        self.table = torch.zeros(len(size), int(size.max()), dtype=torch.long, device=x.device)
+        self.table[self.row, self.column] = torch.arange(B, device=x.device)
+        self.real = torch.arange(self.table.shape[1], device=x.device) < size[:, None]
+
+    # (B,) -> (groups, size)
+    def _grouped(self, v):
+        return v[self.table].masked_fill(~self.real, -math.inf)
+
+    # log of the mean weight of each group
+    def _mean(self, v):
+        return v.logsumexp(1) - self.size.log()
+
+    # uniform numbers
+    def _rand(self, shape, like):
+        g = self.generator
+        kw = dict(generator=g, device=g.device if g else like.device, dtype=like.dtype)
+        return torch.rand(shape, **kw).to(like.device)
+
+    # add the increment of the log-weights; (groups, size) columns that survive, or None for all
+    def _choose(self, inc):
+        if self.clip is not None:
+            mean = inc[self.table].masked_fill(~self.real, 0.0).sum(1) / self.size
+            inc = mean[self.row] + (inc - mean[self.row]).clamp(-self.clip, self.clip)
+        self.log_weight = self.log_weight + inc
+        w = self._grouped(self.log_weight)
+        bad = ~(w.amax(1) > -math.inf) | torch.isnan(w).any(1) | (w.amax(1) == math.inf)
+        if bad.any():
+            raise FloatingPointError(
+                f"the weights of group {int(bad.nonzero()[0])} are not finite at step {self.i},"
+                f" t={self.times[self.i]:.4g}"
+            )
+        size = ess(w)
+        self.history.append(size)
+        if self.resample == "birth_death":
+            return self._births(inc, w)
+        go = size < self.ess * self.size
+        if self.last and self.final:
+            go = go | (size < (1 - 1e-12) * self.size)
+        if self.resample is None or not go.any():
+            return None
+        if self.resample == "systematic":  # as many points as the group has particles
+            u = self._rand((len(w), 1), w) + torch.arange(w.shape[1], device=w.device)
+            u = u / self.size[:, None]
+        else:
+            u = self._rand(w.shape, w)
+        cum = w.softmax(1).cumsum(1)
+        points = u.clamp(max=1 - 1e-16).contiguous()
+        new = torch.searchsorted(cum / cum[:, -1:], points, right=True).clamp(max=w.shape[1] - 1)
+        self.gone = self.gone + torch.where(go, self._mean(w), 0.0)
+        self.log_weight = torch.where(go[self.row], 0.0, self.log_weight)
+        stay = torch.arange(w.shape[1], device=w.device).expand(w.shape)
+        return torch.where(go[:, None], new, stay)
+
+    # birth and death: no weight is carried, and each step is a resampling
+    def _births(self, inc, w):
+        delta = inc[self.table].masked_fill(~self.real, 0.0)
+        mean = delta.sum(1, keepdim=True) / self.size[:, None]
+        delta = (delta - mean).masked_fill(~self.real, 0.0)
+        self.gone = self.gone + self._mean(w)
+        self.log_weight = torch.zeros_like(self.log_weight)
+        cum = (delta.clamp(min=0) + 1e-300).cumsum(1)
+        born = torch.searchsorted(cum, self._rand(w.shape, w) * cum[:, -1:])
+        dies = self._rand(w.shape, w) < -torch.expm1(delta.clamp(max=0))
+        stay = torch.arange(w.shape[1], device=w.device).expand(w.shape)
+        return torch.where(self.real & dies, born.clamp(max=w.shape[1] - 1), stay)
 
 # %% ../../nbs/guidance/306_fkc.ipynb #e4566e70
-class FKC(Solver):
+class FKC(_Particles):
     """Feynman-Kac corrector: the SDE of a mixed score, with weights and resampling within
     groups. Source: arXiv 2503.02819."""
 
@@ -430,17 +522,15 @@ class FKC(Solver):
             )
         if not 0 <= ess <= 1:
             raise ValueError(f"ess must be a share in [0, 1], got {ess}")
+        listed = isinstance(groups, torch.Tensor)
         if (
             isinstance(groups, (bool, float))
-            or isinstance(groups, int)
-            and groups < 1
-            or isinstance(groups, torch.Tensor)
-            and (groups.ndim != 1 or groups.is_floating_point())
+            or (isinstance(groups, int) and groups < 1)
+            or (listed and (groups.ndim != 1 or groups.is_floating_point()))
         ):
             raise ValueError(
                 "groups must be a positive number of equal blocks, or a tensor of one integer a"
-                " sample, got"
-                f" {groups if not isinstance(groups, torch.Tensor) else tuple(groups.shape)}"
+                f" sample, got {tuple(groups.shape) if listed else groups}"
             )
         if not 0 <= std < math.inf:
             raise ValueError(f"std must not be negative, got {std}")
@@ -454,15 +544,9 @@ class FKC(Solver):
             raise ValueError(f"clip must be positive or None, got {clip}")
         if missing not in ("refuse", "ignore"):
             raise ValueError(f"missing must be refuse or ignore, got {missing!r}")
-        self.zeta, self.resample, self.ess, self.groups, self.std, self.match = (
-            zeta,
-            resample,
-            ess,
-            groups,
-            std,
-            match,
-        )
-        self.active, self.clip, self.final, self.missing = active, clip, final, missing
+        self.zeta, self.std, self.match, self.missing = zeta, std, match, missing
+        self.resample, self.ess, self.groups = resample, ess, groups
+        self.active, self.clip, self.final = active, clip, final
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
@@ -473,9 +557,9 @@ class FKC(Solver):
                 f"FKC has no finite weight at alpha = 0: start below 1, at t_max={process.t_max};"
                 f" the grid starts at {self.times[0]}"
             )
-        # (B,) float64, (B,) row at the start, (groups,) log mean weights that resampling has
-        # removed
-        self.log_weight, self.ancestors, self.gone = None, None, 0.0
+        self.log_weight = None  # (B,) float64
+        self.ancestors = None  # (B,) row at the start
+        self.gone = 0.0  # (groups,) log mean weights that resampling has removed
         self.history, self.before, self.gammas = [], None, None
 
     @property
@@ -488,53 +572,8 @@ class FKC(Solver):
         "Estimate of log Z_0 - log Z_start, with Z_t the integral of `prod q_i^gamma_i`."
         return self.gone + self._mean(self._grouped(self.log_weight))
 
-    def _layout(
-        self,
-        x,
-        cond,  # rows of each group as a (groups, size) table, short groups padded
-    ):
-        B, g = len(x), self.groups
-        if g is None:
-            keys = [
-                _wide(v.reshape(B, -1))
-                for v in cond.values()
-                if isinstance(v, torch.Tensor) and v.ndim and len(v) == B
-            ]
-            g = torch.unique(torch.cat(keys, 1), dim=0, return_inverse=True)[1] if keys else 1
-        if isinstance(g, int):
-            if B % g:
-                raise ValueError(f"groups={g} equal blocks do not fit a batch of {B}")
-            g = torch.arange(B, device=x.device) // max(B // g, 1)
-        if len(g) != B:
-            raise ValueError(f"groups must have one entry a sample ({B}), got {len(g)}")
-        g = torch.unique(g.to(x.device), return_inverse=True)[1]
-        size = torch.bincount(g, minlength=1)
-        order, first = torch.argsort(g, stable=True), size.cumsum(0) - size
-        self.column = torch.empty_like(order)
-        self.column[order] = torch.arange(B, device=x.device) - first[g[order]]
-        self.row, self.size = g, _wide(size)
-        self.table = torch.zeros(len(size), int(size.max()), dtype=torch.long, device=x.device)
-        self.table[self.row, self.column] = torch.arange(B, device=x.device)
-        self.real = torch.arange(self.table.shape[1], device=x.device) < size[:, None]
-
-    # (B,) -> (groups, size)
-    def _grouped(
-        self,
-        v,  # (B,) -> (groups, size)
-    ):
-        return v[self.table].masked_fill(~self.real, -math.inf)
-
-    # log of the mean weight of each group
-    def _mean(
-        self,
-        v,  # log of the mean weight of each group
-    ):
-        return v.logsumexp(1) - self.size.log()
-
-    def _check(
-        self,
-        p,  # exponents: known, constant in time, equal within a group
-    ):
+    # exponents: known, constant in time, equal within a group
+    def _check(self, p):
         if p.parts is None and self.missing == "refuse":
             raise ValueError(
                 "FKC got a prediction without parts, and can't know what was done to its score. For"
@@ -543,13 +582,9 @@ class FKC(Solver):
                 " missing='ignore' moves such predictions without weights"
             )
         scores, rewards = _split(p)
-        g = torch.stack(
-            [
-                torch.as_tensor(w, dtype=self.log_weight.dtype, device=p.x.device).expand(len(p.x))
-                for w, _ in [*scores, *rewards]
-            ],
-            1,
-        )
+        kw = dict(dtype=self.log_weight.dtype, device=p.x.device)
+        each = [torch.as_tensor(w, **kw).expand(len(p.x)) for w, _ in [*scores, *rewards]]
+        g = torch.stack(each, 1)
         if self.gammas is None:
             total = g[:, : len(scores)].sum(1)
             if not (total > 0).all():
@@ -570,16 +605,10 @@ class FKC(Solver):
             )
         self.gammas = g
 
-    def _increment(
-        self,
-        p,
-        t,
-        s,  # of log w over the interval behind, and of the last one ahead
-    ):
-        now, at = (
-            weight_terms(p, self.match),
-            lambda t: (float(self.process.log_snr(t)), float(self.process.alpha(t))),
-        )
+    # of the log-weights, over the interval behind; at the last step also over the one ahead
+    def _increment(self, p, t, s):
+        now = weight_terms(p, self.match)
+        at = lambda t: (float(self.process.log_snr(t)), float(self.process.alpha(t)))
         inside = lambda hi, lo: self.active[0] <= lo and hi <= self.active[1]
         inc = torch.zeros_like(self.log_weight)
         if self.before is None:
@@ -588,11 +617,8 @@ class FKC(Solver):
         elif inside(self.before[0], t):
             t0, old = self.before
             (l0, a0), (l1, a1) = at(t0), at(t)
-            inc = (
-                inc
-                + (l1 - l0) / 2 * (old.lam + now.lam)
-                + math.log(a1 / a0) / 2 * (old.log_alpha + now.log_alpha)
-            )
+            inc = inc + (l1 - l0) / 2 * (old.lam + now.lam)
+            inc = inc + math.log(a1 / a0) / 2 * (old.log_alpha + now.log_alpha)
             for (m, b, r), (_, _, q) in zip(now.rewards, old.rewards):
                 inc = inc + m * (b(t) - b(t0)) / 2 * (r + q)
         if self.last and inside(t, s):
@@ -603,60 +629,6 @@ class FKC(Solver):
         self.before = t, now
         return inc
 
-    def _choose(
-        self,
-        inc,  # (groups, size) columns that survive, or None for all
-    ):
-        g = self.generator
-        rand = lambda shape: torch.rand(
-            shape, generator=g, device=g.device if g else inc.device, dtype=self.log_weight.dtype
-        ).to(inc.device)
-        if self.clip is not None:
-            mean = inc[self.table].masked_fill(~self.real, 0.0).sum(1) / self.size
-            inc = mean[self.row] + (inc - mean[self.row]).clamp(-self.clip, self.clip)
-        self.log_weight = self.log_weight + inc
-        w = self._grouped(self.log_weight)
-        bad = ~(w.amax(1) > -math.inf) | torch.isnan(w).any(1) | (w.amax(1) == math.inf)
-        if bad.any():
-            raise FloatingPointError(
-                f"the weights of group {int(bad.nonzero()[0])} are not finite at step {self.i},"
-                f" t={self.times[self.i]:.4g}"
-            )
-        size = ess(w)
-        self.history.append(size)
-        stay = torch.arange(w.shape[1], device=w.device).expand(w.shape)
-        if self.resample == "birth_death":
-            delta = inc[self.table].masked_fill(~self.real, 0.0)
-            delta = (delta - delta.sum(1, keepdim=True) / self.size[:, None]).masked_fill(
-                ~self.real, 0.0
-            )
-            self.gone, self.log_weight = (
-                self.gone + self._mean(w),
-                torch.zeros_like(self.log_weight),
-            )
-            born = torch.searchsorted(
-                (c := (delta.clamp(min=0) + 1e-300).cumsum(1)), rand(w.shape) * c[:, -1:]
-            ).clamp(max=w.shape[1] - 1)
-            return torch.where(
-                self.real & (rand(w.shape) < -torch.expm1(delta.clamp(max=0))), born, stay
-            )
-        go = size < self.ess * self.size
-        if self.last and self.final:
-            go = go | (size < (1 - 1e-12) * self.size)
-        if self.resample is None or not go.any():
-            return None
-        if self.resample == "systematic":  # as many points as the group has particles
-            u = (rand((len(w), 1)) + torch.arange(w.shape[1], device=w.device)) / self.size[:, None]
-        else:
-            u = rand(w.shape)
-        cum = w.softmax(1).cumsum(1)
-        new = torch.searchsorted(
-            cum / cum[:, -1:], u.clamp(max=1 - 1e-16).contiguous(), right=True
-        ).clamp(max=w.shape[1] - 1)
-        self.gone = self.gone + torch.where(go, self._mean(w), 0.0)
-        self.log_weight = torch.where(go[self.row], 0.0, self.log_weight)
-        return torch.where(go[:, None], new, stay)
-
     def step(self, denoise, x, t, s):
         if isinstance(t, torch.Tensor) and t.ndim or isinstance(s, torch.Tensor) and s.ndim:
             raise ValueError("FKC resamples a batch, so all samples must stand at one time")
@@ -666,10 +638,8 @@ class FKC(Solver):
             if not len(x):
                 raise ValueError("FKC needs at least one particle, got an empty batch")
             self._layout(x, getattr(denoise, "cond", None) or {})
-            self.log_weight, self.ancestors = (
-                _wide(torch.zeros(len(x), device=x.device)),
-                torch.arange(len(x), device=x.device),
-            )
+            self.log_weight = _wide(torch.zeros(len(x), device=x.device))
+            self.ancestors = torch.arange(len(x), device=x.device)
         p = denoise(x, t)
         self._check(p)
         chosen = self._choose(self._increment(p, t, s))
@@ -683,9 +653,11 @@ class FKC(Solver):
         # equal within each group, and now one
         if self.last and self.final and self.resample:
             self.gone, self.log_weight = self.log_z, torch.zeros_like(self.log_weight)
-        out = self._move(p, x, t, s)
+        total = self.gammas[:, : len(_split(p)[0])].sum(1)
+        std, match = (0.0, None) if self.last else (self.std, self.match)
+        noise = self.draw(x, self.i)
         self.i += 1
-        return out
+        return _move(p, x, self.process, t, s, total, noise, self.zeta, std, match)
 
     def reindex(self, idx):
         if self.log_weight is None:
@@ -694,58 +666,5 @@ class FKC(Solver):
         if self.before is not None:
             t, old = self.before
             pick = lambda m: m[idx] if isinstance(m, torch.Tensor) and m.ndim else m
-            self.before = (
-                t,
-                Terms(
-                    old.lam[idx],
-                    old.log_alpha[idx],
-                    [(pick(m), b, r[idx]) for m, b, r in old.rewards],
-                ),
-            )
-
-    def _move(
-        self,
-        p,
-        x,
-        t,
-        s,  # the SDE over one step, exact if the data near the particle are N(prediction, std^2)
-    ):
-        wide = lambda v: expand(v, x).to(x.dtype)
-        a0, s0, a1, s1 = (
-            float(v)
-            for v in (
-                self.process.alpha(t),
-                self.process.sigma(t),
-                self.process.alpha(s),
-                self.process.sigma(s),
-            )
-        )
-        z2, nu2 = self.zeta**2, 0.0 if self.last else self.std**2
-        u0, u1 = nu2 + (s0 / a0) ** 2, nu2 + (s1 / a1) ** 2
-        scores, rewards = _split(p)
-        total = self.gammas[:, : len(scores)].sum(1)
-        eps = p.eps
-        for m, q in rewards:
-            eps = eps - expand(m, x) / (1 + z2) * q.eps
-        y = x / a0
-        # of the cloud; the prediction of x_0 for std = 0
-        centre = y - wide(u0 * a0 / (total * s0)) * eps
-        pull, k = (1 + z2) * total, (1 + z2) * total
-        if self.match is not None and not self.last:
-            mean = self.match[0].to(x) if isinstance(self.match[0], torch.Tensor) else self.match[0]
-            push = (total - 1) * u0 / (self.match[1] ** 2 + (s0 / a0) ** 2)
-            k = pull - push
-            centre = (wide(pull) * centre - wide(push) * mean) / wide(k)
-        shrink, q = (u1 / u0) ** (k / 2), k - 1
-        # u1 (1 - (u1 / u0)^q) / q, and its limit at q = 0; written so that u1 = 0 is legal
-        var = torch.where(
-            q.abs() > 1e-9,
-            (u1 - u0 * shrink**2) / torch.where(q.abs() > 1e-9, q, 1.0),
-            u1 * math.log(u0 / u1) if u1 else 0.0,
-        )
-        out = (
-            centre
-            + wide(shrink) * (y - centre)
-            + wide(self.zeta * var.clamp(min=0).sqrt()) * self.draw(x, self.i)
-        )
-        return (a1 * out).to(x.dtype)
+            gains = [(pick(m), b, r[idx]) for m, b, r in old.rewards]
+            self.before = t, Terms(old.lam[idx], old.log_alpha[idx], gains)
