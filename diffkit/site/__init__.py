@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import shutil
 import sys
 import time
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from diffkit.site.broken import check
@@ -25,7 +27,17 @@ from diffkit.site.engines import render
 from diffkit.site.search import add_search
 
 ROOT = Path(__file__).resolve().parents[2]
-__all__ = ["CLAIM", "ROOT", "SiteError", "build", "check", "find_katex", "main", "prepare"]
+__all__ = [
+    "CLAIM",
+    "ROOT",
+    "Handler",
+    "SiteError",
+    "build",
+    "check",
+    "find_katex",
+    "main",
+    "prepare",
+]
 __all__ += ["read_config", "read_pages", "text_of"]
 
 
@@ -102,19 +114,36 @@ def not_notebooks(folder: str, names: list[str]) -> set[str]:
 
 
 def find_itself(page: Path, root: Path) -> None:
-    "The page for lost readers is shown at any address: its links start at the site's own root."
+    """The page for lost readers is shown at any address: its links start at the site's own root,
+    which is below `doc_baseurl` where the site is published and at the top where it is tried."""
     if page.is_file():
-        base = read_repo(root).get("doc_baseurl", "").rstrip("/") + "/"
-        text = page.read_text(encoding="utf-8")
-        text = text.replace("<head>", f'<head><base href="{base}">', 1)
+        base = json.dumps(read_repo(root).get("doc_baseurl", "").rstrip("/") + "/")
+        script = f"if (!location.pathname.startsWith({base}))"
+        script += ' document.querySelector("base").href = "/";'
+        head = f"<head><base href={base}><script>{script}</script>"
+        text = page.read_text(encoding="utf-8").replace("<head>", head, 1)
         page.write_text(text, encoding="utf-8")
+
+
+class Handler(SimpleHTTPRequestHandler):
+    "Files of a site; the page for lost readers where there is none."
+
+    def send_error(self, code, message=None, explain=None):
+        lost = Path(self.directory) / "404.html"
+        if code != 404 or not lost.is_file():
+            return super().send_error(code, message, explain)
+        body = lost.read_bytes()
+        self.send_response(code)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
 
 def serve_site(dest: Path, port: int = 8000):
     "Serve a folder on this machine only, until interrupted."
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(dest))
+    handler = functools.partial(Handler, directory=str(dest))
     with ThreadingHTTPServer(("127.0.0.1", port), handler) as server:
         print(f"site: http://127.0.0.1:{server.server_address[1]}/ (Ctrl-C stops)", flush=True)
         try:

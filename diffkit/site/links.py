@@ -54,24 +54,40 @@ NAME = r"[A-Za-z_]\w*(?:\.\w+)*"
 CODE_NAME = re.compile(rf"(?<![`\[\\\w$])`({NAME})(\(\))?`(?![`\]\w])")
 NB_LINK = re.compile(r"(\]\(|href=[\"'])([^)\s\"'#:]+\.ipynb)(#[^)\s\"']*)?")
 
-
 # pieces of a line that are left alone: links, code, formulas, tags
 PIECES = re.compile(r"(\[[^\]]*\]\([^)]*\)|`[^`]*`(?:\]\([^)]*\))?|\$[^$]*\$|<[^>]*>)")
-NUMBERS = re.compile(
-    r"\b(?<=[Nn]otebook )\d{3}\b|\b(?<=[Nn]otebooks )\d{3}(?:(?:, and |, | and | to )\d{3})*\b"
-    r"|(?<=\()\d{3}(?:, \d{3})*(?=\))"
+# three digits mean a notebook after such a word, or alone in parentheses
+SERIES = r"\d{3}\b(?:(?:, and |, | and | or | to )\d{3}\b)*"
+WORDS = "[Nn]otebooks?|[Pp]apers?(?: of)?|[Ee]xercises of|[Ss]olvers of"
+MEANT = (
+    re.compile(rf"(\b(?:{WORDS}) )({SERIES})(?![.,]\d)"),
+    re.compile(rf"(\b[Ss]ee )({SERIES})(?=[.,;:)]|$)"),
+    re.compile(rf"(\(|^)({SERIES})(?=\)|:)"),
 )
+# on pages that speak of nothing but notebooks: wherever three digits stand alone
+ALONE = (re.compile(r"((?<![\w.,/-]))(\d{3})(?![\w%-]|[.,]\d)"),)
+NAMED = re.compile(r"\b(\d{3})(?= \(?([A-Za-z][\w-]{2,}))")
 
 
-def link_numbers(text: str, page: Page, index: Index) -> str:
-    "Numbers of notebooks made links: notebook 203, notebooks 000 to 003, (202, 204)."
+def link_numbers(text: str, page: Page, index: Index, ext: str = ".ipynb") -> str:
+    "Numbers of notebooks made links: notebook 203, notebooks 000 to 003, (202, 204), 302 APG."
 
     def one(m):
         target = index.numbers.get(m[0])
         known = target and target is not page
-        return f"[{m[0]}]({target.link(page.folder, '.ipynb')})" if known else m[0]
+        return f"[{m[0]}]({target.link(page.folder, ext)})" if known else m[0]
 
-    return NUMBERS.sub(lambda m: re.sub(r"\d{3}", one, m[0]), text)
+    def named(m):
+        target, plain = index.numbers.get(m[1]), lambda s: re.sub(r"[\W_]", "", s).lower()
+        if not target:
+            return m[1]
+        stem = target.stem.rpartition("/")[2]
+        own = {plain(x) for x in (stem, stem.split("_")[0], target.title.split()[0])}
+        return one(m) if plain(m[2]) in own else m[1]
+
+    for pattern in MEANT if page.folder else ALONE:
+        text = pattern.sub(lambda m: m[1] + re.sub(r"\d{3}", one, m[2]), text)
+    return NAMED.sub(named, text) if page.folder else text
 
 
 def link_line(line: str, page: Page, index: Index) -> str:
@@ -117,7 +133,7 @@ def link_notebooks(text: str, page: Page, index: Index, ext: str = ".ipynb") -> 
 
 def inline(text: str, page: Page | None = None, index: Index | None = None) -> str:
     """One line of text with `code`, **bold**, *emphasis*, $formulas$ and [links](x) as HTML;
-    names in backticks become links."""
+    names in backticks and numbers of notebooks become links."""
 
     def code(m):
         body, name = html.escape(m[1]), m[1].removesuffix("()")
@@ -132,11 +148,12 @@ def inline(text: str, page: Page | None = None, index: Index | None = None) -> s
         elif part[:1] == "$" and len(part) > 2:
             out.append(f'<span class="math inline">\\({html.escape(part[1:-1])}\\)</span>')
         else:
-            part = re.sub(
-                r"\*\*(\S(?:.*?\S)?)\*\*", r"<strong>\1</strong>", html.escape(part, quote=False)
-            )
+            part = link_numbers(part, page, index, ".html") if index and page else part
+            part = html.escape(part, quote=False)
+            part = re.sub(r"\*\*(\S(?:.*?\S)?)\*\*", r"<strong>\1</strong>", part)
             part = re.sub(r"(?<![\w*])\*(\S(?:.*?\S)?)\*(?![\w*])", r"<em>\1</em>", part)
-            out.append(re.sub(r"\[([^\]]+)\]\((https?://[^)\s]+)\)", r'<a href="\2">\1</a>', part))
+            link = r"\[([^\]]+)\]\((https?://[^)\s]+|[\w./-]+\.html)\)"
+            out.append(re.sub(link, r'<a href="\2">\1</a>', part))
     return "".join(out)
 
 

@@ -119,12 +119,12 @@ def processors(nb, page: Page, index: Index) -> list:
                     if re.match(r"<Figure size|<IPython|<Axes|\[?<matplotlib", plain):
                         continue
                     if CLAIM in data:
-                        data["text/html"] = claim_html(page.claims[n], n + 1)
+                        data["text/html"] = claim_html(page.claims[n], n + 1, page, index)
                         n += 1
                         del data[CLAIM]
                     elif "text/html" in data:
                         body = link_notebooks(text_of(data["text/html"]), page, index, ".html")
-                        data["text/html"] = math_in_html(body)
+                        data["text/html"] = math_in_html(mark_wide(body))
                     elif "text/markdown" in data:
                         said = link_names(text_of(data["text/markdown"]), page, index)
                         data["text/markdown"] = link_notebooks(said, page, index)
@@ -156,6 +156,12 @@ def processors(nb, page: Page, index: Index) -> list:
     ]
 
 
+def mark_wide(body: str) -> str:
+    "Pictures too wide for a phone get a class, for CSS cannot compare a width."
+    wide = lambda m: m[0].replace("<img", '<img class="dk-wide"') if int(m[1]) > 440 else m[0]
+    return re.sub(r'<img [^>]*?\bwidth="(\d+)"', wide, body)
+
+
 def prepare_one(page: Page, index: Index) -> str:
     "The prepared notebook, as JSON."
     from execnb.nbio import dict2nb, nb2str
@@ -182,8 +188,9 @@ def cache_key(page: Page, index: Index, own: str) -> str:
     known = (n for n in sorted(names) if n in index.names or "." in n or n in index.modules)
     links = [(n, index.href(n, page, "")) for n in known]
     notebooks = [link_notebooks(m.group(0), page, index) for m in NB_LINK.finditer(text)]
-    ways = [page_links(page, index), sorted(index.numbers)]
-    key = json.dumps([own, page.src, page.digest, links, notebooks, ways])
+    numbers = [(n, p.stem, p.title) for n, p in sorted(index.numbers.items())]
+    key = [own, page.src, page.digest, links, notebooks, page_links(page, index), numbers]
+    key = json.dumps(key)
     return hashlib.sha256(key.encode()).hexdigest()
 
 

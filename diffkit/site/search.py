@@ -34,10 +34,15 @@ def add_search(site: Path, pages: list[Page], records=()) -> str:  # what finds 
     for p in pages:  # methods that live in another notebook
         if records and p.number in also:
             found.setdefault(f"{p.stem}.html", []).extend(also[p.number])
-    index = json.loads(file.read_text(encoding="utf-8"))
-    for entry in index:
-        if entry["href"] in found and not entry.get("section"):
-            entry["keywords"] = found[entry["href"]]
+    index = [e for e in json.loads(file.read_text(encoding="utf-8")) if e["href"] != "404.html"]
+    tops = {e["href"]: e for e in index if not e.get("section")}
+    titles = {f"{p.stem}.html": (p.title, p.description) for p in pages}
+    for href, words in found.items():
+        if href not in tops:  # a page that begins with a heading
+            title, text = titles[href]
+            tops[href] = dict(objectID=href, href=href, title=title, section="", text=text)
+            index.append(tops[href])
+        tops[href]["keywords"] = words
     file.write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
     package = npm_package("minisearch", MINISEARCH, "dist/umd/index.js")
     script = (ASSETS / "search.js").read_text(encoding="utf-8")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import html
 import json
 
-from diffkit.site.links import inline, raw_html, table
+from diffkit.site.links import Index, inline, raw_html, table
 from diffkit.site.pages import Page
 
 VERDICTS = {"yes": "✓", "no": "✗", "open": "?"}
 UNTRIED = "untried"  # a statement that is listed and not tested: no verdict, so it is counted apart
+KINDS = {"def": "function", "class": "class"}
 # methods that people look for and that live in another notebook: name, number, use
 ALSO = (
     ("UniPC", "204", "the predictor-corrector that DC-Solver corrects"),
@@ -38,15 +39,14 @@ def verdict_of(c: dict) -> str:
     return c.get("verdict") or c.get("holds") or "open"
 
 
-def claim_html(c: dict, n: int) -> str:
+def claim_html(c: dict, n: int, page: Page, index: Index) -> str:
     "A claim on its notebook's page."
+    link = lambda text: inline(str(text), page, index)
     note = "Why" if verdict_of(c) == UNTRIED else "Note"
     facts = (("Measured", "measured"), ("Paper", "paper"), (note, "note"))
-    rows = "".join(
-        f"<dt>{name}</dt><dd>{inline(str(c[key]))}</dd>" for name, key in facts if c.get(key)
-    )
+    rows = "".join(f"<dt>{name}</dt><dd>{link(c[key])}</dd>" for name, key in facts if c.get(key))
     kind = html.escape(verdict_of(c))
-    says = inline(str(c.get("says", "")))
+    says = link(c.get("says", ""))
     head = f'<div class="dk-claim dk-claim-{kind}" id="claim-{n}">'
     return f"{head}<p>{badge(verdict_of(c))} {says}</p><dl>{rows}</dl></div>"
 
@@ -72,9 +72,10 @@ def byline(r: dict) -> str:
     "Authors, venue and link of a paper."
     who = ", ".join(r["authors"][:3]) + (" and others" if len(r["authors"]) > 3 else "")
     text = f"{html.escape(who)}. {html.escape(r['venue'] or str(r['year']))}"
-    if r["arxiv"]:
-        text += f', <a href="https://arxiv.org/abs/{r["arxiv"]}">arXiv {r["arxiv"]}</a>'
-    return text
+    doi = r["doi"] and f"https://doi.org/{r['doi']}"
+    link = f"https://arxiv.org/abs/{r['arxiv']}" if r["arxiv"] else doi or r["url"]
+    name = f"arXiv {r['arxiv']}" if r["arxiv"] else "paper"
+    return f'{text}, <a href="{html.escape(link)}">{name}</a>' if link else text
 
 
 def overview_row(p: Page | None, r: dict | None) -> str:
@@ -83,10 +84,13 @@ def overview_row(p: Page | None, r: dict | None) -> str:
     title = inline(r["title"] if r else p.title)
     if p:
         title = f'<a href="{p.stem}.html">{title}</a>'
+    if r and r["short"].lower() not in r["title"].lower():
+        title = f"<b>{inline(r['short'])}</b> {title}"
     name = f'<div class="dk-idea">{byline(r)}</div>' if r else ""
     idea = inline(p.description) if p else "<em>to come</em>"
     facts = [f"<code>{html.escape(p.module)}</code>"] if p and p.module else []
-    facts += [f"Cost: {inline(p.cost)}"] if p and p.cost else []
+    if p and p.cost:
+        facts.append(f"Cost{'' if p.cost.startswith('of ') else ':'} {inline(p.cost)}")
     tested = [c for c in p.claims if verdict_of(c) != UNTRIED] if p else []
     if tested:
         holds = sum(verdict_of(c) == "yes" for c in tested)
@@ -231,7 +235,7 @@ def api_index(pages: list[Page]) -> str:
             continue
         rows = [
             f'<tr><td><a href="{p.stem}.html#{p.anchors[e.name]}"><code>{e.name}</code></a></td>'
-            f"<td>{e.kind}</td><td>{inline(first_sentence(e.doc))}</td></tr>"
+            f"<td>{KINDS[e.kind]}</td><td>{inline(first_sentence(e.doc))}</td></tr>"
             for e in sorted(p.entries, key=lambda e: e.name.lower())
         ]
         names = table("dk-names", ["Name", "Kind", "What it is"], rows)
