@@ -20,22 +20,15 @@ from ..core.sampling import DDIM, Solver, sample
 __all__ = ['project', 'clip_norm', 'APG', 'ProjectedGuidance', 'apg', 'Norms', 'update_norms']
 
 # %% ../../nbs/guidance/302_apg.ipynb #b4ee9f50
-def _wide(
-    x,  # norms and projections are done in the widest type the device has
-):
+def _wide(x):  # norms and projections are done in the widest type the device has
     return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
-def _event(
-    dims,
-    x,  # the dimensions of one sample
-):
+def _event(dims, x):  # the dimensions of one sample, counted from the front
     if dims is None:
         dims = tuple(range(1, x.ndim))
-    dims = tuple(
-        d % x.ndim if -x.ndim <= d < x.ndim else d
-        for d in ((dims,) if isinstance(dims, int) else dims)
-    )
+    dims = (dims,) if isinstance(dims, int) else dims
+    dims = tuple(d % x.ndim if -x.ndim <= d < x.ndim else d for d in dims)
     if not dims or 0 in dims or any(d >= x.ndim or d < 0 for d in dims):
         raise ValueError(
             f"dims must name dimensions of a sample, 1..{x.ndim - 1} (0 is the batch), got {dims}"
@@ -47,8 +40,7 @@ def _event(
 def project(
     d: torch.Tensor,  # (B, ...) what is split
     onto: torch.Tensor,  # (B, ...) the direction; only its direction matters
-    # dimensions of the inner product; default: all but the batch
-    dims: tuple[int, ...] | int | None = None,
+    dims: tuple[int, ...] | int | None = None,  # of the inner product; default: all but the batch
 ) -> tuple[torch.Tensor, torch.Tensor]:  # parallel and orthogonal part, (B, ...); their sum is d
     """Split a vector along and across a direction, sample by sample; where `onto` is zero, all
     of d is orthogonal. Source: arXiv 2410.02416, algorithm 1."""
@@ -81,14 +73,11 @@ class APG:
 
     def __init__(
         self,
-        # weight of the part parallel to the good prediction; 1 keeps it whole, 0 is the paper's
-        # choice
-        eta: float = 0.0,
+        eta: float = 0.0,  # weight of the part along the good prediction; 1 keeps it; the paper: 0
         # largest norm of the direction, in units of the data; None: no limit; see `update_norms`
         r: float | None = None,
         beta: float = 0.0,  # momentum; the paper's is negative, -0.5 or -0.75; 0 needs no memory
-        # where to do it: "x0" is the paper's; "eps", "v" are what code does that sees raw outputs
-        # only
+        # where to do it: "x0" is the paper's; "eps" or "v" is that of code with raw outputs only
         space: str = "x0",
         # dimensions of norms and inner products; default: all but the batch
         dims: tuple[int, ...] | int | None = None,
@@ -186,10 +175,7 @@ class APG:
         )
 
 # %% ../../nbs/guidance/302_apg.ipynb #f455301e
-def _same(
-    a,
-    b,  # two conditions: the same objects, or equal ones
-):
+def _same(a, b):  # two conditions: the same objects, or equal ones
     def equal(v, w):
         if v is w:
             return True
@@ -206,12 +192,13 @@ class ProjectedGuidance(Guided):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        denoiser: Denoiser,  # the model to guide
+        # 1 is off, as for cfg; a number, one a sample, or a function of time
         scale: float | torch.Tensor | Callable,
-        shaper: Callable,
-        uncond: dict | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-        batched: bool = True,
+        shaper: Callable,  # (direction, good prediction, time) -> direction, e.g. an `APG`
+        uncond: dict | None = None,  # a negative prompt; default: the model's null
+        interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
+        batched: bool = True,  # one doubled call where possible
     ):
         super().__init__(denoiser, scale, uncond, interval, batched)
         # plain attributes: nothing of this is saved with the weights
@@ -223,12 +210,9 @@ class ProjectedGuidance(Guided):
             self.shaper.start()
         super().start(grid)
 
-    def memory(
-        self,
-        # a wrapper around this one may call with two conditions at each time: each is a trajectory
-        # of its own
-        cond,
-    ):
+    def memory(self, cond):
+        # a wrapper around this one may call with two conditions at each time: each is a
+        # trajectory of its own
         if not getattr(self.shaper, "beta", 0.0):
             return self.shaper
         for c, s in self.memories:
@@ -251,7 +235,7 @@ class ProjectedGuidance(Guided):
         c, u = self.branch(x, t, cond, self.null_cond(cond))
         return guide(c, [((c, u), self.scale_at(t, x) - 1, self.memory(cond))])
 
-
+# %% ../../nbs/guidance/302_apg.ipynb #aff3c381
 def apg(
     denoiser: Denoiser,  # the model to guide
     # 1 is off, as for cfg; a number, one a sample, or a function of time
@@ -282,14 +266,16 @@ class Norms(NamedTuple):
     good: torch.Tensor  # (T, B) norm of the good prediction
 
     def binds(
-        self, r: float
-    ) -> float:  # share of directions, over times and samples, that a limit r would shorten
+        self,
+        r: float,  # a limit
+    ) -> float:  # share of directions, over times and samples, that it would shorten
         "How often would r shorten the direction?"
         return (self.delta > r).double().mean().item()
 
     def suggest(
-        self, share: float = 0.5
-    ) -> float:  # a limit that shortens this share of the directions
+        self,
+        share: float = 0.5,  # of the directions, over times and samples
+    ) -> float:  # a limit that shortens this share
         "An r to begin with."
         if not 0 < share < 1:
             raise ValueError(f"share must lie in (0, 1), got {share}")
@@ -309,7 +295,7 @@ class Norms(NamedTuple):
             ]
         )
 
-
+# %% ../../nbs/guidance/302_apg.ipynb #aa9f244c
 def update_norms(
     denoiser: Denoiser,  # the model, not guided
     x: torch.Tensor,  # (B, ...) state at grid[0]
