@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = {p.stem: p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if "check" not in str(p)}
+NOTEBOOKS = {
+    p.stem: p
+    for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
+    if ".ipynb_checkpoints" not in p.relative_to(ROOT).parts
+}
 TODO = set((ROOT / "tests" / "page_todo.txt").read_text().split())  # not yet in this form
 PAPERS = [s for s in NOTEBOOKS if re.match(r"[1-9]\d\d_", s) and s[1:3] not in ("00", "99")]
 WALL = 20  # lines of a cell that may stand open between the text and its figure
