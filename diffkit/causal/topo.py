@@ -7,13 +7,16 @@ orders: swap two nodes wherever the score falls, and score all swaps at once."""
 __all__ = ['SCORES', 'walk_sums', 'swap_candidates', 'kkt_gap', 'swap_ratios', 'OrderScore',
            'CovarianceScore', 'NodeScore', 'search_orders', 'linear_nodes', 'topo']
 
-# %% ../../nbs/causal/602_topo.ipynb #a5de0516
+# %% ../../nbs/causal/602_topo.ipynb #3c3b3d55
 import warnings
 from collections.abc import Callable
 from typing import Protocol
+
 import numpy as np
 import torch
+
 from diffkit.causal.dag import (
+    DagFit,
     _back,
     _cholesky,
     _expand,
@@ -25,18 +28,15 @@ from diffkit.causal.dag import (
     _square,
     _table,
     _whole,
-    DagFit,
     covariance,
     fit_given_order,
     topological_order,
     warn_table,
 )
 
-# %% ../../nbs/causal/602_topo.ipynb #06381f93
-def _walks(
-    # (I - P)^-1 of a nonnegative strictly upper triangular P: no division, so exact zeros stay zero
-    P,
-):
+# %% ../../nbs/causal/602_topo.ipynb #54db4d03
+# (I - P)^-1 of a nonnegative strictly upper triangular P: no division, so exact zeros stay zero
+def _walks(P):
     eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
     return torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
 
@@ -57,10 +57,10 @@ def swap_candidates(
     order: list[int],  # causes first
     size: int | None = None,  # at most so many pairs; None: all that pass
     *,
-    # only pairs with a walk sum up to tau; 0 keeps the edges that close no walk
+    # only pairs with a walk sum up to tau; 0 keeps the edges that close no cycle
     tau: float = np.inf,
-    grad: torch.Tensor | None = None,
-    xi: float = 0.0,  # (d, d) gradient of the score: only pairs with |grad| > xi
+    grad: torch.Tensor | None = None,  # (d, d) gradient of the score, for `xi`; None: not used
+    xi: float = 0.0,  # only pairs with |grad| > xi
 ) -> torch.Tensor:  # (p, 2) positions a < b in the order, smallest walk sum first
     "The pairs of positions worth exchanging: few walks run from the earlier node to the later one."
     w = _square(W).detach()
@@ -83,20 +83,19 @@ def kkt_gap(
     W: torch.Tensor,  # (d, d) weights of a DAG
     grad: torch.Tensor,  # (d, d) gradient of the score at W; -C (I - W) for least squares
 ) -> float:  # 0 at a KKT point
-    "Largest |gradient| on an edge that is free to move: one that closes no walk."
+    "Largest |gradient| on an edge that is free to move: one that closes no cycle."
     free = _square(walk_sums(W)).mT == 0  # the diagonal is 1: the empty walk
     return (_expand(_square(grad, "grad").detach(), free, "grad").abs() * free).max().item()
 
-# %% ../../nbs/causal/602_topo.ipynb #2d1aa3db
+# %% ../../nbs/causal/602_topo.ipynb #3b28dfb7
 def _ratios(L, pairs):
     "For pieces of `pairs`: slice of the pairs, slice of the columns they touch, ratios v'/v there."
     d = len(L)
     k = torch.arange(d, device=L.device)
     pairs = pairs.to(L.device)
-    # row a of U.mT: column a of the inverse
-    U = torch.linalg.solve_triangular(
-        L, torch.eye(d, dtype=L.dtype, device=L.device), upper=False
-    ).mT.contiguous()
+    eye = torch.eye(d, dtype=L.dtype, device=L.device)
+    # row a of U: column a of the inverse
+    U = torch.linalg.solve_triangular(L, eye, upper=False).mT.contiguous()
     kappa, sq = (U * U).cumsum(1), L * L
     tail = sq.flip(1).cumsum(1).flip(1) - sq
     # pieces that stay in the cache
@@ -124,32 +123,25 @@ def swap_ratios(
     return out
 
 
-# NOTEARS, DAGMA, and the likelihood with one common variance, which is a monotone function of the
-# sum
 SCORES = {
+    # NOTEARS, DAGMA, and the likelihood with one common variance, a monotone function of the sum
     "ls": lambda v: v / 2,
+    # CoLiDE-NV with the noise scales minimised out
     "colide_nv": torch.sqrt,
-}  # CoLiDE-NV with the noise scales minimised out
+}
 
 
 class OrderScore(Protocol):
     "What a search needs to know: a sum of costs, one for each node given its set of predecessors."
 
     # (d,) by position; the score is the sum
-    def costs(self, order: torch.Tensor) -> torch.Tensor:  # (d,) by position; the score is the sum
-        ...
+    def costs(self, order: torch.Tensor) -> torch.Tensor: ...
 
     # (d, d) weights of the best fit along the order
-    def weights(
-        self, order: torch.Tensor
-    ) -> torch.Tensor:  # (d, d) weights of the best fit along the order
-        ...
+    def weights(self, order: torch.Tensor) -> torch.Tensor: ...
 
     # (p,) change of the score by each exchange of positions
-    def gains(
-        self, order: torch.Tensor, pairs: torch.Tensor
-    ) -> torch.Tensor:  # (p,) change of the score by each exchange of positions
-        ...
+    def gains(self, order: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor: ...
 
 
 class CovarianceScore:
@@ -193,15 +185,14 @@ class CovarianceScore:
             out[i] = (self.f(r * v[cols]) - now[cols]).sum(1)
         return out
 
-# %% ../../nbs/causal/602_topo.ipynb #885dd387
+# %% ../../nbs/causal/602_topo.ipynb #06381f93
 class NodeScore:
     """A score by a regression of your own for each node; every (node, set of parents) is fitted
     once."""
 
     def __init__(
         self,
-        # fit(j, parents) -> (coefficients (len(parents),), loss); parents: array of node numbers,
-        # ascending
+        # fit(j, parents) -> (coefficients (len(parents),), loss); parents: node numbers, ascending
         fit: Callable,
     ):
         if not callable(fit):
@@ -244,7 +235,7 @@ class NodeScore:
             out.append(sum(self.node(o[k], o[:k])[2] - now[k].item() for k in range(a, b + 1)))
         return torch.tensor(out, dtype=torch.float64)
 
-
+# %% ../../nbs/causal/602_topo.ipynb #91d42104
 def _sizes(score, d, small, large, large_searches):
     "Checks and fills in the sizes of the two candidate sets."
     pairs = d * (d - 1) // 2
@@ -258,11 +249,8 @@ def _sizes(score, d, small, large, large_searches):
             stacklevel=3,
         )
     if small is None:
-        small = (
-            pairs
-            if isinstance(score, CovarianceScore) and large is None
-            else min(100, -(-pairs // 2))
-        )
+        everything = isinstance(score, CovarianceScore) and large is None
+        small = pairs if everything else min(100, -(-pairs // 2))
     large = pairs if large is None else min(large, pairs)
     return min(small, large), large
 
@@ -274,13 +262,13 @@ def search_orders(
     # pairs tried in every round; None: all for a CovarianceScore, else min(100, d(d-1)/4)
     small: int | None = None,
     # pairs tried when the small set fails; None: all, so that the end is optimal under every swap.
-    # The paper's demo: 400
+    # The official demo: 400
     large: int | None = None,
-    # how often the large set may help; None: no limit. The paper's demo: 1
+    # how often the large set may help; None: no limit. The official demo: 1
     large_searches: int | None = None,
     tol: float = 1e-8,  # smallest improvement that counts, relative to the sum of |costs|
-    max_rounds: int = 10_000,
-    # (W, order, size) -> (p, 2) positions, best guess first
+    max_rounds: int = 10_000,  # a guard: the search ends by itself
+    # (W, order, size) -> (p, 2) positions, best guess first; replace it to try another rule
     candidates: Callable = swap_candidates,
     callback: Callable | None = None,  # callback(round, order, score) after every round
 ) -> tuple[list[int], list[dict], bool]:  # order, history, whether no swap of the large set helps
@@ -295,20 +283,15 @@ def search_orders(
     everything = torch.triu_indices(d, d, 1).T if small == d * (d - 1) // 2 else None
     c = score.costs(o)
     f, bar = c.sum().item(), tol * c.abs().sum().item()
-    evals, solves, history, converged = (
-        0,
-        d,
-        [dict(round=0, score=f, evals=0, solves=d, swaps=0, order=o.tolist())],
-        False,
-    )
+    evals, solves, converged = 0, d, False
+    history = [dict(round=0, score=f, evals=0, solves=d, swaps=0, order=o.tolist())]
     for n in range(1, max_rounds + 1):
-        pairs = (
-            candidates(score.weights(o), o.tolist(), large).cpu()
-            if everything is None
-            else everything
-        )
+        pairs = everything
+        if pairs is None:
+            pairs = candidates(score.weights(o), o.tolist(), large).cpu()
         # the small set, then the rest of the large one
-        for stage, part in enumerate((pairs[:small], pairs[small:] if left else pairs[:0])):
+        stages = pairs[:small], pairs[small:] if left else pairs[:0]
+        for stage, part in enumerate(stages):
             if not len(part):
                 continue
             gains = score.gains(o, part).cpu()
@@ -342,21 +325,21 @@ def search_orders(
     history.append(history[-1] | dict(evals=evals, solves=solves, swaps=0))
     return o.tolist(), history, converged
 
-# %% ../../nbs/causal/602_topo.ipynb #be99e654
+# %% ../../nbs/causal/602_topo.ipynb #2d1aa3db
 def linear_nodes(
     C: torch.Tensor,  # (d, d) covariance
     l1: float = 0.0,  # weight of the l1 norm
     allowed: torch.Tensor | None = None,  # (d, d) mask, 0 forbids an edge
-    sweeps: int = 1000,
+    sweeps: int = 1000,  # of coordinate descent, at most
     tol: float = 1e-9,  # coordinate descent stops when no weight moves by more than tol
 ) -> Callable:  # fit(j, parents) for `NodeScore`
     "Least squares for one node on its predecessors, with an l1 penalty and forbidden edges."
     c = _psd(C, one=True).cpu().numpy()
     d = len(c)
     _number("l1", l1)
-    ok = (
-        np.ones((d, d), bool) if allowed is None else _square(allowed, "allowed").cpu().numpy() != 0
-    )
+    ok = np.ones((d, d), bool)
+    if allowed is not None:
+        ok = _square(allowed, "allowed").cpu().numpy() != 0
     if ok.shape != c.shape:
         raise ValueError(f"allowed must be a mask of {d} nodes, got shape {ok.shape}")
 
@@ -380,7 +363,41 @@ def linear_nodes(
 
     return fit
 
+# %% ../../nbs/causal/602_topo.ipynb #76838d7f
+def _starts(C, flat, order, init):
+    "The order in which each search begins: from `init`, from `order`, or of the variances."
+    d = C.shape[-1]
+    if init is None and order is None:
+        return [c.diagonal().argsort().tolist() for c in flat]
+    if init is None:
+        return [_order(order, d).tolist()] * len(flat)
+    start = _square(init.W if isinstance(init, DagFit) else init, "init").detach().to(C.device)
+    start = _expand(start, C, "init").reshape(-1, d, d)
+    try:
+        return [topological_order(w) for w in start]
+    except ValueError as e:
+        raise ValueError(
+            "init has a cycle: pass to_dag(init), which drops the weakest edges of its cycles"
+        ) from e
 
+
+def _warn_if_flat(score, d):
+    "Warns where three unlike orders have the same score: a sign that all have."
+    mixed = torch.randperm(d, generator=torch.Generator().manual_seed(0))
+    orders = (range(d), range(d - 1, -1, -1), mixed)
+    costs = torch.stack([score.costs(torch.as_tensor(o)) for o in orders])
+    total = costs.sum(1)
+    if (total.max() - total.min()) <= 1e-9 * costs.abs().sum(1).max():
+        warnings.warn(
+            "the score is the same for every order, so the start is returned: true of the"
+            " Gaussian likelihood with a free variance for each node, whose sum of log"
+            " variances is log det C, and of uncorrelated variables. Use 'ls', 'colide_nv' or a"
+            " penalised score",
+            UserWarning,
+            stacklevel=3,
+        )
+
+# %% ../../nbs/causal/602_topo.ipynb #885dd387
 def topo(
     X=None,  # (..., n, d) samples: array, tensor or DataFrame; or give `cov`
     *,
@@ -391,13 +408,13 @@ def topo(
     # "ls", "colide_nv", an elementwise function of the residual variances, or a `NodeScore`
     score: str | Callable | OrderScore = "ls",
     lam: float = 0.0,  # ridge, added to the diagonal of the covariance; needed where n <= d
+    # pairs tried in every round; None: all, or the paper's set for a `NodeScore`; the demo: 100
     small: int | None = None,
-    large: int | None = None,
-    # candidate sets, see `search_orders`; the paper's demo: 100, 400, 1
-    large_searches: int | None = None,
-    tol: float = 1e-8,
-    max_rounds: int = 10_000,  # smallest relative improvement; rounds at most
-    threshold: float = 0.3,  # weights up to this are removed at the end
+    large: int | None = None,  # pairs tried when the small set fails; None: all; the demo: 400
+    large_searches: int | None = None,  # how often that may help; None: no limit; the demo: 1
+    tol: float = 1e-8,  # smallest improvement that counts, relative to the score
+    max_rounds: int = 10_000,  # a guard: the search ends by itself
+    threshold: float = 0.3,  # weights up to this are removed at the end, as in the demo
     names: list[str] | None = None,  # of the columns; a DataFrame brings its own
     callback: Callable | None = None,  # callback(round, order, score)
 ) -> DagFit:  # objective: the score of the order; history[-1]: the order itself and the counts
@@ -436,61 +453,24 @@ def topo(
             "the covariance is singular (a column may be a combination of others): use lam > 0 (a"
             " ridge), or drop the column"
         )
-    if init is not None:
-        start = _square(init.W if isinstance(init, DagFit) else init, "init").detach().to(C.device)
-        start = _expand(start, C, "init").reshape(-1, d, d)
-        try:
-            starts = [topological_order(w) for w in start]
-        except ValueError as e:
-            raise ValueError(
-                "init has a cycle: pass to_dag(init), which drops the weakest edges of its cycles"
-            ) from e
-    elif order is not None:
-        starts = [_order(order, d).tolist()] * len(flat)
-    else:
-        starts = [c.diagonal().argsort().tolist() for c in flat]
+    starts = _starts(C, flat, order, init)
     scores = [score if own else CovarianceScore(c, score) for c in flat]
     _sizes(scores[0], d, small, large, large_searches)  # warns once, here
     if d > 2 and not own:
-        probe = [
-            scores[0].costs(torch.as_tensor(o))
-            for o in (
-                range(d),
-                range(d - 1, -1, -1),
-                torch.randperm(d, generator=torch.Generator().manual_seed(0)),
-            )
-        ]
-        total = torch.stack(probe).sum(1)
-        if (total.max() - total.min()) <= 1e-9 * torch.stack(probe).abs().sum(1).max():
-            warnings.warn(
-                "the score is the same for every order, so the start is returned: true of the"
-                " Gaussian likelihood with a free variance for each node, whose sum of log"
-                " variances is log det C, and of uncorrelated variables. Use 'ls', 'colide_nv' or a"
-                " penalised score",
-                UserWarning,
-                stacklevel=2,
-            )
+        _warn_if_flat(scores[0], d)
     if large is not None:
         large = min(large, d * (d - 1) // 2)
-    runs = [
-        search_orders(
-            s,
-            o,
-            small=small,
-            large=large,
-            large_searches=large_searches,
-            tol=tol,
-            max_rounds=max_rounds,
-            callback=callback,
-        )
-        for s, o in zip(scores, starts)
-    ]
-    raw = torch.stack(
-        [_square(s.weights(torch.as_tensor(o))).to(C.device) for s, (o, _, _) in zip(scores, runs)]
-    ).reshape(C.shape)
-    give = lambda x: (
-        _back(torch.tensor(x, device=C.device).reshape(C.shape[:-2]), like) if C.ndim > 2 else x[0]
-    )
+    kw = dict(small=small, large=large, large_searches=large_searches)
+    kw |= dict(tol=tol, max_rounds=max_rounds, callback=callback)
+    runs = [search_orders(s, o, **kw) for s, o in zip(scores, starts)]
+    best = [s.weights(torch.as_tensor(o)) for s, (o, _, _) in zip(scores, runs)]
+    raw = torch.stack([_square(w).to(C.device) for w in best]).reshape(C.shape)
+
+    def give(x):  # one value a graph: a number, or an array for a batch
+        if C.ndim == 2:
+            return x[0]
+        return _back(torch.tensor(x, device=C.device).reshape(C.shape[:-2]), like)
+
     fit = _fit(
         _back(C, like),
         _back(raw, like),

@@ -36,21 +36,13 @@ def cosine(
     return (unit(flat(a)) * unit(flat(b))).sum(1).clamp(-1, 1)
 
 # %% ../../nbs/guidance/301_adaptive_guidance.ipynb #b2f03f7a
-def _pick(mask, a, b):
-    return (
-        torch.where(mask, a, b)
-        if isinstance(mask, torch.Tensor) and mask.ndim
-        else a
-        if mask
-        else b
-    )
+def _pick(mask, a, b):  # a where the mask holds, else b; a mask is one truth value, or one a row
+    if isinstance(mask, torch.Tensor) and mask.ndim:
+        return torch.where(mask, a, b)
+    return a if mask else b
 
 
-# a tensor with an entry a sample
-def _rowwise(
-    v,
-    n,  # a tensor with an entry a sample
-):
+def _rowwise(v, n):  # a tensor with an entry a sample
     return isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == n
 
 
@@ -58,7 +50,7 @@ class _Memory:  # of one trajectory: what held above the time t, and what holds 
     def __init__(self):
         self.t, self.before, self.now, self.like, self.history = None, None, None, None, []
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #bb231e2f
 class _PerTrajectory(Guided):
     """A memory for each trajectory, keyed by time: a second call at one time sees what the
     first one saw, and replaces what it left."""
@@ -72,30 +64,21 @@ class _PerTrajectory(Guided):
         self.memories = []
         super().start(grid)
 
-    def memory(
-        self,
-        cond,  # a wrapper around this one may call with two conditions at each time
-    ):
+    def memory(self, cond):
+        # a wrapper around this one may call with two conditions at each time
         for c, m in self.memories:
             if _same(c, cond):
                 return m
         self.memories = [*self.memories[-3:], (cond, _Memory())]
         return self.memories[-1][1]
 
-    def enter(
-        self,
-        m,
-        t,
-        x,
-        fresh,  # what the memory holds from the times above t; `fresh` where there is none
-    ):
+    def enter(self, m, t, x, fresh):
+        # what the memory holds from the times above t; `fresh` where there is none
         like = x.shape, x.device, x.dtype
         why = None
         if m.t is not None and m.like != like:
-            why = (
-                f"the state is {tuple(x.shape)} {x.dtype}, before it was {tuple(m.like[0])}"
-                f" {m.like[2]}"
-            )
+            was = f"{tuple(m.like[0])} {m.like[2]}"
+            why = f"the state is {tuple(x.shape)} {x.dtype}, before it was {was}"
             m.__init__()
         if m.t is not None:
             same, up = t == m.t, t > m.t
@@ -116,47 +99,33 @@ class _PerTrajectory(Guided):
         m.t, m.before, m.now, m.like = t, fresh, fresh, like
         return fresh
 
-    def null_rows(
-        self,
-        cond,
-        n,  # {"label": 10} becomes a row a sample where the user's label has one, as in `branch`
-    ):
-        return {
-            k: (
-                torch.full_like(cond[k], v)
-                if isinstance(v, (int, float)) and _rowwise(cond.get(k), n)
-                else v
-            )
-            for k, v in self.null_cond(cond).items()
-        }
+    def null_rows(self, cond, n):
+        # {"label": 10} becomes a row a sample where the user's label has one, as in `branch`
+        rows = self.null_cond(cond)
+        for k, v in rows.items():
+            if isinstance(v, (int, float)) and _rowwise(cond.get(k), n):
+                rows[k] = torch.full_like(cond[k], v)
+        return rows
 
     def reindex(self, idx):
         def pick(v, n):
-            return (
-                v[idx]
-                if _rowwise(v, n)
-                else tuple(pick(u, n) for u in v)
-                if isinstance(v, tuple)
-                else v
-            )
+            if isinstance(v, tuple):
+                return tuple(pick(u, n) for u in v)
+            return v[idx] if _rowwise(v, n) else v
 
         kept = []
         for cond, m in self.memories:
             if m.like is not None:
                 n = m.like[0][0]
                 cond = {k: pick(v, n) for k, v in cond.items()}
-                m.t, m.before, m.now, m.history = (
-                    pick(m.t, n),
-                    pick(m.before, n),
-                    pick(m.now, n),
-                    [pick(h, n) for h in m.history],
-                )
+                m.t, m.before, m.now = pick(m.t, n), pick(m.before, n), pick(m.now, n)
+                m.history = [pick(h, n) for h in m.history]
                 m.like = (torch.Size((len(torch.empty(n)[idx]), *m.like[0][1:])), *m.like[1:])
             kept.append((cond, m))
         self.memories = kept
         super().reindex(idx)
 
-# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #bb231e2f
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #6d9fb488
 class AdaptiveGuidance(_PerTrajectory):
     """Classifier-free guidance that a sample leaves for good once its two predictions point the
     same way. Source: arXiv 2312.12487."""
@@ -173,11 +142,8 @@ class AdaptiveGuidance(_PerTrajectory):
         interval: tuple[float, float] = (0.0, 1.0),
         batched: bool = True,
     ):
-        if (
-            isinstance(threshold, bool)
-            or not isinstance(threshold, (int, float))
-            or not -1 <= threshold <= 1
-        ):
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not -1 <= threshold <= 1:
             raise ValueError(f"threshold must be a cosine in [-1, 1], got {threshold!r}")
         if space not in KINDS:
             raise ValueError(f"space must be one of {', '.join(KINDS)}, got {space!r}")
@@ -196,66 +162,53 @@ class AdaptiveGuidance(_PerTrajectory):
         self.threshold, self.space, self.after, self.bad = threshold, space, after, bad
 
     @property
-    def history(
-        self,
-    ) -> list[tuple]:  # (time, cosine (B,) or nan where nothing was compared, guided (B,))
-        """What happened on the last trajectory (on the first one, where an outer guidance asks
-        for several)."""
+    def history(self) -> list[tuple]:
+        """A tuple for each time: the time, the cosines (B,), nan where nothing was compared, and
+        who was guided (B,). Of the last trajectory, or of the first one where an outer guidance
+        asks for several."""
         return self.memories[0][1].history if self.memories else []
 
-    def second(
-        self,
-        x,
-        t,
-        cond,
-        rows,  # the unconditional (or bad) prediction, on some rows only
-    ):
+    def second(self, x, t, cond, rows):
+        # the unconditional (or bad) prediction, on some rows only
         n = len(x)
-        over = cond if self.bad is not None else self.null_rows(cond, n)
-        return (self.inner if self.bad is None else self.bad)(
-            x[rows],
-            t[rows] if _rowwise(t, n) else t,
-            **{k: v[rows] if _rowwise(v, n) else v for k, v in over.items()},
-        )
+        model = self.inner if self.bad is None else self.bad
+        over = self.null_rows(cond, n) if self.bad is None else cond
+        part = lambda v: v[rows] if _rowwise(v, n) else v
+        return model(x[rows], part(t), **{k: part(v) for k, v in over.items()})
+
+    def _combined(self, x, t, cond, w, on):
+        # the guided prediction of the rows that are on, and their cosines; the others' is the
+        # conditional one, and their cosine is nan
+        cos = torch.full((len(x),), torch.nan, dtype=_wide(x[:0]).dtype, device=x.device)
+        # a decision has no gradient
+        angle = lambda a, b: cosine(a.get(self.space).detach(), b.get(self.space).detach())
+        if not on.any():
+            return self.inner(x, t, **cond), cos
+        if on.all():
+            if self.bad is None:
+                c, u = self.branch(x, t, cond, self.null_cond(cond))
+            else:
+                c, u = self.inner(x, t, **cond), self.bad(x, t, **cond)
+            return combine([w, 1 - w], [c, u]), angle(c, u)
+        rows, here = on.nonzero()[:, 0], expand(on, x)
+        c, part = self.inner(x, t, **cond), self.second(x, t, cond, rows)
+        cos[rows] = angle(c.index(rows), part)
+        native = c.get(part.kind).index_copy(0, rows, part.native)
+        u = Prediction(x, t, self.process, native, part.kind)
+        number = lambda v: torch.as_tensor(v, dtype=x.dtype, device=x.device)
+        good = torch.where(here, number(w), number(1.0))
+        worse = torch.where(here, number(1 - w), number(0.0))
+        return combine([good, worse], [c, u]), cos
 
     def forward(self, x, t, **cond):
         if not self.active(t):
             return self.inner(x, t, **cond)
         m, w = self.memory(cond), self.scale_at(t, x)
         live = self.enter(m, t, x, torch.ones(len(x), dtype=torch.bool, device=x.device))
-        # a sample whose own scale is 1 needs no second prediction
-        on = (
-            live
-            if self.off is None
-            else live & (torch.as_tensor(w, device=x.device).reshape(-1) != self.off)
-        )
-        cos = torch.full((len(x),), torch.nan, dtype=_wide(x[:0]).dtype, device=x.device)
-        # a decision has no gradient
-        angle = lambda a, b: cosine(a.get(self.space).detach(), b.get(self.space).detach())
-        if on.all():
-            c, u = (
-                self.branch(x, t, cond, self.null_cond(cond))
-                if self.bad is None
-                else (self.inner(x, t, **cond), self.bad(x, t, **cond))
-            )
-            out, cos = combine([w, 1 - w], [c, u]), angle(c, u)
-        elif not on.any():
-            out = self.inner(x, t, **cond)
-        else:
-            rows, here = on.nonzero()[:, 0], expand(on, x)
-            c, part = self.inner(x, t, **cond), self.second(x, t, cond, rows)
-            cos[rows] = angle(c.index(rows), part)
-            u = Prediction(
-                x, t, self.process, c.get(part.kind).index_copy(0, rows, part.native), part.kind
-            )
-            number = lambda v: torch.as_tensor(v, dtype=x.dtype, device=x.device)
-            out = combine(
-                [
-                    torch.where(here, number(w), number(1.0)),
-                    torch.where(here, number(1 - w), number(0.0)),
-                ],
-                [c, u],
-            )
+        on = live
+        if self.off is not None:  # a sample whose own scale is 1 needs no second prediction
+            on = live & (torch.as_tensor(w, device=x.device).reshape(-1) != self.off)
+        out, cos = self._combined(x, t, cond, w, on)
         leave = cos > self.threshold  # false where the cosine is nan
         if self.after:
             leave = leave & torch.as_tensor(t <= 1 - self.after, device=x.device)
@@ -263,18 +216,18 @@ class AdaptiveGuidance(_PerTrajectory):
         m.history.append((t, cos, on))
         return out
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #24ca12e6
 def adaptive(
     denoiser: Denoiser,  # the model to guide
-    # 1 is off, as for cfg; a number, one a sample, or a function of time
+    # 1 is off, as for cfg; a number, one a sample (B,), or a function of time
     scale: float | torch.Tensor | Callable,
-    # whose cosine exceeds it is guided no longer; 1 is cfg, -1 a single guided step, 0.991 the
-    # paper's; see `alignment`
+    # a sample whose cosine exceeds it is guided no longer; 1 is cfg, -1 a single guided step;
+    # 0.991 is the paper's; see `alignment` for yours
     threshold: float = 0.991,
-    # where the angle is taken; the paper's is "eps", where it is near 1 at the start, too: give
-    # `after`
+    # where the angle is taken; the paper's is "eps", where it is near 1 at the start as well:
+    # then give `after`, too
     space: str = "x0",
-    # nobody leaves at times above 1 - after; on a uniform grid from 1 that is a share of the steps
+    # nobody leaves at times above 1 - after; on a uniform grid from 1 it is a share of the steps
     after: float = 0.0,
     uncond: dict | None = None,  # a negative prompt; default: the model's null
     # guide away from this denoiser instead of from the unconditional prediction (autoguidance,
@@ -289,7 +242,7 @@ def adaptive(
         denoiser, scale, threshold, space, after, uncond, bad, interval, batched
     )
 
-# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #9c77c129
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #d55bf106
 class Alignment(NamedTuple):
     "Cosines along guided paths, from which a threshold is read."
 
@@ -323,16 +276,14 @@ class Alignment(NamedTuple):
                 f" times, got {saved}"
             )
         # just below a cosine: that sample leaves
-        level, low = (
-            torch.cat([self.cos.new_tensor([-1.0]), self.cos.flatten().unique() - 1e-12]),
-            0,
-        )
-        high = len(level) - 1
-        while low < high:
+        level = torch.cat([self.cos.new_tensor([-1.0]), self.cos.flatten().unique() - 1e-12])
+        low, high = 0, len(level) - 1
+        while low < high:  # bisection: the higher the threshold, the less is saved
             mid = (low + high + 1) // 2
-            low, high = (
-                (mid, high) if self.saved(level[mid].item(), after) >= saved else (low, mid - 1)
-            )
+            if self.saved(level[mid].item(), after) >= saved:
+                low = mid
+            else:
+                high = mid - 1
         return max(level[low].item(), -1.0)
 
     def __repr__(self):
@@ -345,22 +296,16 @@ class Alignment(NamedTuple):
             f"threshold {v:g} saves {self.saved(v):.1%} of all evaluations"
             for v in (0.9, 0.95, 0.98, 0.991, 0.999)
         ]
-        return "\n".join(
-            [
-                "cosine of the two predictions, quantiles over the batch",
-                "  time      10%      50%      90%",
-                *rows,
-                *tips,
-            ]
-        )
+        title = "cosine of the two predictions, quantiles over the batch"
+        return "\n".join([title, "  time      10%      50%      90%", *rows, *tips])
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #305a3e1d
 def alignment(
     denoiser: Denoiser,  # the model, not guided
     x: torch.Tensor,  # (B, ...) state at grid[0]
     grid: torch.Tensor,  # (steps + 1,) decreasing times
     cond: dict | None = None,  # conditions, as for `sample`
-    # of the guidance that is to be made cheaper; the path depends on it
+    # scale of the guidance that is to be made cheaper: the path depends on it
     scale: float | torch.Tensor | Callable = 1.0,
     space: str = "x0",  # where the angle is taken
     uncond: dict | None = None,  # a negative prompt; default: the model's null
@@ -373,11 +318,10 @@ def alignment(
     probe.off = None  # look also where the scale is 1
     sample(probe, DDIM() if solver is None else solver, x, grid, cond=cond, progress=False)
     t, cos, _ = zip(*probe.history)
-    return Alignment(
-        torch.tensor([float(v) for v in t], dtype=torch.float64), torch.stack(cos).cpu().double()
-    )
+    times = torch.tensor([float(v) for v in t], dtype=torch.float64)
+    return Alignment(times, torch.stack(cos).cpu().double())
 
-# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #7b70c910
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #6d36c9c6
 RULES = ("cfg", "cond", "uncond", "hold", "linear")
 _GUESS = ("hold", "linear")  # rules that extrapolate the unconditional prediction
 
@@ -393,9 +337,11 @@ def check_plan(
             f" one, got {plan!r}"
         )
     for i, p in enumerate(plan):
-        if isinstance(p, bool) or not (
-            p in RULES if isinstance(p, str) else isinstance(p, (int, float)) and math.isfinite(p)
-        ):
+        if isinstance(p, str):
+            known = p in RULES
+        else:
+            known = isinstance(p, (int, float)) and not isinstance(p, bool) and math.isfinite(p)
+        if not known:
             raise ValueError(f"plan[{i}] must be one of {', '.join(RULES)} or a number, got {p!r}")
         if p in _GUESS and (i == 0 or plan[i - 1] in ("cond", "uncond")):
             raise ValueError(
@@ -404,7 +350,7 @@ def check_plan(
             )
     return list(plan)
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #019aa656
 class Policy(_PerTrajectory):
     """A rule for each step: guided, conditional, unconditional, or guided with a guessed
     unconditional prediction. Source: arXiv 2312.12487."""
@@ -422,11 +368,8 @@ class Policy(_PerTrajectory):
         batched: bool = True,
     ):
         super().__init__(denoiser, scale, uncond, interval, batched)
-        self.plan, self.times, self.rules = (
-            plan if callable(plan) else self.accept(check_plan(plan)),
-            None,
-            None,
-        )
+        self.plan = plan if callable(plan) else self.accept(check_plan(plan))
+        self.times = self.rules = None
 
     def accept(self, rules):
         if "linear" in rules:
@@ -442,9 +385,9 @@ class Policy(_PerTrajectory):
         if grid is None:
             return
         times = check_grid(grid).tolist()
-        rules = (
-            self.accept(check_plan(self.plan(len(times) - 1))) if callable(self.plan) else self.plan
-        )
+        rules = self.plan
+        if callable(rules):
+            rules = self.accept(check_plan(rules(len(times) - 1)))
         if len(rules) != len(times) - 1:
             raise ValueError(
                 f"plan has {len(rules)} entries, but the grid has {len(times) - 1} steps"
@@ -470,17 +413,32 @@ class Policy(_PerTrajectory):
         eps_u - eps_c now."""
         return 0.0, -1.0, 1.0
 
+    def _one_time(self, t):
+        if not isinstance(t, torch.Tensor):
+            return t
+        if t.numel() and (t != t.flatten()[0]).any():
+            raise ValueError(
+                f"{type(self).__name__} needs one time for the whole batch, got {t.tolist()}"
+            )
+        return t.flatten()[0].item() if t.numel() else 1.0
+
+    def _guess(self, x, t, now, rule, past, cond):
+        # the conditional prediction, and the unconditional one extrapolated from the past
+        a, *b = self.weights(rule, now)
+        if len(past) < len(b) // 2:
+            raise ValueError(
+                f"{rule!r} at t={now:.4g} looks back {len(b) // 2} times, but only {len(past)}"
+                " before it were guided without a gap"
+            )
+        c = self.inner(x, t, **cond)
+        eps = (1 + a) * c.eps
+        for k, (_, pc, pu) in enumerate(past[::-1][: len(b) // 2]):
+            eps = eps + b[2 * k] * pc + b[2 * k + 1] * pu
+        return c, Prediction.of(x, t, self.process, eps=eps)
+
     def forward(self, x, t, **cond):
-        if isinstance(t, torch.Tensor):
-            if t.numel() and (t != t.flatten()[0]).any():
-                raise ValueError(
-                    f"{type(self).__name__} needs one time for the whole batch, got {t.tolist()}"
-                )
-            now = t.flatten()[0].item() if t.numel() else 1.0
-        else:
-            now = t
-        i = self.step_at(now)  # first: it raises where there is no grid
-        rule = self.rules[i]
+        now = self._one_time(t)
+        rule = self.rules[self.step_at(now)]  # first: it raises where there is no grid
         m = self.memory(cond)
         past = self.enter(m, now, x, ())
         m.now = ()
@@ -490,17 +448,7 @@ class Policy(_PerTrajectory):
             return self.inner(x, t, **self.null_rows(cond, len(x)))
         w = self.scale_at(t, x) if isinstance(rule, str) else rule
         if rule in _GUESS:
-            a, *b = self.weights(rule, now)
-            if len(past) < len(b) // 2:
-                raise ValueError(
-                    f"{rule!r} at t={now:.4g} looks back {len(b) // 2} times, but only {len(past)}"
-                    " before it were guided without a gap"
-                )
-            c = self.inner(x, t, **cond)
-            eps = (1 + a) * c.eps
-            for k, (_, pc, pu) in enumerate(past[::-1][: len(b) // 2]):
-                eps = eps + b[2 * k] * pc + b[2 * k + 1] * pu
-            u = Prediction.of(x, t, self.process, eps=eps)
+            c, u = self._guess(x, t, now, rule, past, cond)
         else:
             c, u = self.branch(x, t, cond, self.null_cond(cond))
         if self.record is not None:
@@ -511,7 +459,7 @@ class Policy(_PerTrajectory):
                 m.now = m.now[-self.keep :]
         return combine([w, 1 - w], [c, u])
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #eda369c5
 def policy(
     denoiser: Denoiser,  # the model to guide
     scale: float | torch.Tensor | Callable,  # of the entries "cfg", "hold" and "linear"; 1 is off
@@ -525,7 +473,7 @@ def policy(
     "Guidance by a table: a rule for each step of the grid."
     return Policy(denoiser, scale, plan, uncond, interval, batched)
 
-# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #019aa656
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #efbf5f09
 def linear_plan(
     steps: int,  # number of steps
     # share of the steps that are guided or guessed; the paper's is the first half
@@ -539,7 +487,7 @@ def linear_plan(
         raise ValueError(f"guided must lie in [0, 1], got {guided}")
     return [("cfg", "linear")[i % 2] if i < round(guided * steps) else "cond" for i in range(steps)]
 
-
+# %% ../../nbs/guidance/301_adaptive_guidance.ipynb #517e22dd
 class LinearAG(Policy):
     """A policy whose entries 'linear' guess the unconditional prediction by a linear regression
     on the past. Source: arXiv 2312.12487."""
@@ -549,8 +497,8 @@ class LinearAG(Policy):
         denoiser: Denoiser,  # the model to guide
         scale: float | torch.Tensor | Callable,  # 1 is off, as for cfg
         plan: Sequence | Callable = linear_plan,  # as for `policy`, with entries "linear"
-        # times that the regression looks back; the paper's is all (None), which diverges on exact
-        # models
+        # times that the regression looks back; the paper's is all of them (None), which diverges
+        # on exact models
         history: int | None = 1,
         # penalty on the coefficients, relative to the mean square of the regressors; 0 is ordinary
         # least squares
@@ -577,10 +525,7 @@ class LinearAG(Policy):
     def accept(self, rules):
         return rules
 
-    def _key(
-        self,
-        t,  # the fitted time that is meant, if there is one
-    ):
+    def _key(self, t):  # the fitted time that is meant, if there is one
         k = min(self.coefficients, key=lambda k: abs(k - t), default=math.inf)
         return k if abs(k - t) < 1e-6 else None
 
@@ -631,37 +576,22 @@ class LinearAG(Policy):
                 calls.setdefault(t, []).append((past, c, u))
         self.coefficients, self.misfit = {}, {}
         for t, each in calls.items():
-            column = lambda get, each=each: torch.cat(
-                [_wide(get(*call)).flatten().cpu() for call in each]
-            )
-            A = torch.stack(
-                [
-                    column(lambda past, c, u: c),
-                    *(
-                        column(lambda past, c, u, k=k, j=j: past[-k][j])
-                        for k in range(1, len(each[0][0]) + 1)
-                        for j in (1, 2)
-                    ),
-                ],
-                1,
-            )
+            one = lambda v: _wide(v).flatten().cpu()
+            column = lambda get, each=each: torch.cat([one(get(*call)) for call in each])
+            cols = [column(lambda past, c, u: c)]
+            for k in range(1, len(each[0][0]) + 1):
+                for j in (1, 2):  # eps_c and eps_u, k times ago
+                    cols.append(column(lambda past, c, u, k=k, j=j: past[-k][j]))
+            A = torch.stack(cols, 1)
             b = column(lambda past, c, u: u) - A[:, 0]
             rows = A, b
             if self.ridge:  # a penalty is a row more for each coefficient
-                rows = (
-                    torch.cat(
-                        [
-                            A,
-                            (self.ridge * A.square().sum(0).mean()).sqrt()
-                            * torch.eye(A.shape[1], dtype=A.dtype),
-                        ]
-                    ),
-                    torch.cat([b, b.new_zeros(A.shape[1])]),
-                )
+                size = (self.ridge * A.square().sum(0).mean()).sqrt()
+                more = size * torch.eye(A.shape[1], dtype=A.dtype)
+                rows = torch.cat([A, more]), torch.cat([b, b.new_zeros(A.shape[1])])
             # gelsd: the columns are nearly collinear
             sol = torch.linalg.lstsq(rows[0], rows[1][:, None], driver="gelsd").solution[:, 0]
             self.coefficients[t] = sol.tolist()
-            self.misfit[t] = (
-                (A @ sol - b).square().mean() / b.square().mean().clamp(min=1e-300)
-            ).item()
+            left, whole = (A @ sol - b).square().mean(), b.square().mean()
+            self.misfit[t] = (left / whole.clamp(min=1e-300)).item()
         return self

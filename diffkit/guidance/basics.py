@@ -35,6 +35,7 @@ class MaskedProcess(Process):
 
     @property
     def mask(self) -> int:
+        "The number of the mask."
         return self.vocab
 
     def masked(self, t: torch.Tensor | float) -> torch.Tensor:
@@ -58,14 +59,12 @@ class MaskedProcess(Process):
         "Raise unless x are tokens."
         if x.is_floating_point():
             raise TypeError(f"tokens must be integers, got {x.dtype}")
-        if (
-            x.device.type == "cpu"
-            and x.numel()
-            and not 0 <= int(x.min()) <= int(x.max()) <= self.mask
-        ):
+        if x.device.type != "cpu" or not x.numel():  # elsewhere reading values would be a stop
+            return
+        low, high = int(x.min()), int(x.max())
+        if not 0 <= low <= high <= self.mask:
             raise ValueError(
-                f"tokens must lie in 0..{self.mask} ({self.mask} is the mask), got"
-                f" {int(x.min())}..{int(x.max())}"
+                f"tokens must lie in 0..{self.mask} ({self.mask} is the mask), got {low}..{high}"
             )
 
 
@@ -87,13 +86,8 @@ class CategoricalPrediction:
             )
         hidden = (x == process.mask)[..., None]
         sure = nn.functional.one_hot(x.clamp(max=process.vocab - 1), process.vocab).to(probs.dtype)
-        self.x, self.t, self.process, self.probs, self.extra = (
-            x,
-            t,
-            process,
-            torch.where(hidden, probs, sure),
-            extra or {},
-        )
+        self.x, self.t, self.process, self.extra = x, t, process, extra or {}
+        self.probs = torch.where(hidden, probs, sure)
 
     def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:  # (B, L)
         "All tokens at once, each from its own distribution: right for one token at a time only."
@@ -110,12 +104,14 @@ class CategoricalPrediction:
         return CategoricalPrediction(f(self.x), t, self.process, f(self.probs), self.extra)
 
     def repeat(self, m: int) -> CategoricalPrediction:
+        "Each sample m times, one beside the other."
         return self.map(lambda a: a.repeat_interleave(m, 0))
 
     def index(self, idx: torch.Tensor) -> CategoricalPrediction:
+        "The samples with these numbers."
         return self.map(lambda a: a[idx])
 
-
+# %% ../../nbs/guidance/300_basics.ipynb #83c46b47
 class MaskedDenoiser(Denoiser):
     "A network from tokens to logits as a masked denoiser; it needs no time input."
 
@@ -133,18 +129,16 @@ class MaskedDenoiser(Denoiser):
 
     def loss(
         self,
-        x0: torch.Tensor,
-        t: torch.Tensor | None = None,
-        generator: torch.Generator | None = None,
-        **cond,
-    ) -> torch.Tensor:
+        x0: torch.Tensor,  # (B, L) clean tokens
+        t: torch.Tensor | None = None,  # (B,) times; default: spread evenly, with a random shift
+        generator: torch.Generator | None = None,  # of times and masks
+        **cond,  # conditions, passed on to the network
+    ) -> torch.Tensor:  # a number
         """Bound of the negative log likelihood of a sequence: m'(t) / m(t) times the
         cross-entropy of what is masked, at a random time."""
         if t is None:
-            t = (
-                torch.arange(len(x0), device=x0.device)
-                + torch.rand(len(x0), generator=generator, device=x0.device)
-            ) / len(x0)
+            u = torch.rand(len(x0), generator=generator, device=x0.device)
+            t = (torch.arange(len(x0), device=x0.device) + u) / len(x0)
         x = self.process.noise(x0, t.clamp(min=1e-3), generator=generator)
         logp = self(x, t, **cond).probs.clamp(min=1e-30).log().gather(-1, x0[..., None])[..., 0]
         return (-(logp * (x == self.process.mask)).sum(1) / t.clamp(min=1e-3)).mean()
@@ -169,9 +163,9 @@ class TableDenoiser(Denoiser):
             )
         V, L = joint.shape[0], joint.ndim
         self.process, self.length = MaskedProcess(V), L
+        states = torch.cartesian_prod(*[torch.arange(V)] * L).reshape(-1, L)
         self.register_buffer("p", joint.reshape(-1))
-        # (V^L, L)
-        self.register_buffer("states", torch.cartesian_prod(*[torch.arange(V)] * L).reshape(-1, L))
+        self.register_buffer("states", states)  # (V^L, L)
 
     def forward(self, x, t):
         self.process.check(x)
@@ -182,11 +176,10 @@ class TableDenoiser(Denoiser):
         if x.device.type == "cpu" and not (total > 0).all():
             raise ValueError("x holds visible tokens to which the table gives probability 0")
         onehot = nn.functional.one_hot(self.states, self.process.vocab).to(w.dtype)  # (V^L, L, V)
-        return CategoricalPrediction(
-            x, t, self.process, torch.einsum("bn,nlv->blv", w / total, onehot)
-        )
+        probs = torch.einsum("bn,nlv->blv", w / total, onehot)
+        return CategoricalPrediction(x, t, self.process, probs)
 
-
+# %% ../../nbs/guidance/300_basics.ipynb #25feeaab
 class Unmask(Solver):
     """The reverse step of masked diffusion: a masked token is revealed with probability (m_t -
     m_s) / m_t. Source: arXiv 2406.07524, eq. (6)."""

@@ -48,24 +48,17 @@ def minority_score(
             raise ValueError(f"{k} must have one entry a sample ({B}), got shape {tuple(v.shape)}")
     with torch.no_grad():
         for _ in range(n):
-            x, out = (
-                process.noise(
-                    x0,
-                    t,
-                    process.sample_noise(x0.shape, t, generator, dtype=x0.dtype).to(x0.device),
-                ),
-                [],
-            )
+            noise = process.sample_noise(x0.shape, t, generator, dtype=x0.dtype)
+            x, out = process.noise(x0, t, noise.to(x0.device)), []
             for i in range(0, B, batch):
-                rows = {
-                    k: v[i : i + batch] if isinstance(v, torch.Tensor) and v.ndim else v
-                    for k, v in cond.items()
-                }
-                out.append(d(x0[i : i + batch], denoiser(x[i : i + batch], t, **rows).x0))
-                if out[-1].shape != (len(x0[i : i + batch]),):
+                part = slice(i, i + batch)
+                one_each = lambda v: isinstance(v, torch.Tensor) and v.ndim
+                rows = {k: v[part] if one_each(v) else v for k, v in cond.items()}
+                out.append(d(x0[part], denoiser(x[part], t, **rows).x0))
+                if out[-1].shape != (len(x0[part]),):
                     raise ValueError(
-                        "distance must return one number a sample,"
-                        f" ({len(x0[i : i + batch])},), got shape {tuple(out[-1].shape)}"
+                        f"distance must return one number a sample, ({len(x0[part])},), got shape"
+                        f" {tuple(out[-1].shape)}"
                     )
             total.append(torch.cat(out) if out else x0.new_zeros(0))
     return torch.stack(total).mean(0)
@@ -91,15 +84,12 @@ def quantile_labels(
             f"groups must have one entry a score, {tuple(scores.shape)}, got shape"
             f" {tuple(groups.shape)}"
         )
-    parts = (
-        [torch.ones_like(scores, dtype=torch.bool)]
-        if groups is None
-        else [groups == g for g in groups.unique()]
-    )
-    if not 2 <= bins <= min(int(p.sum()) for p in parts):
+    groups = torch.zeros_like(scores) if groups is None else groups
+    parts = [groups == g for g in groups.unique()]
+    smallest = min(int(p.sum()) for p in parts)
+    if not 2 <= bins <= smallest:
         raise ValueError(
-            "bins must lie between 2 and the size of the smallest group,"
-            f" {min(int(p.sum()) for p in parts)}, got {bins}"
+            f"bins must lie between 2 and the size of the smallest group, {smallest}, got {bins}"
         )
     out, edges = torch.empty(len(scores), dtype=torch.long, device=scores.device), []
     for p in parts:
@@ -119,19 +109,14 @@ def mixture_classifier(
         raise ValueError("mixture must have labels, one a component")
     if not torch.equal(mixture.labels.unique().cpu(), torch.arange(int(mixture.labels.max()) + 1)):
         raise ValueError(f"labels must be 0, 1, ..., L - 1, got {mixture.labels.unique().tolist()}")
-    share = torch.stack(
-        [mixture.weights[mixture.labels == k].sum() for k in mixture.labels.unique()]
-    ).log()
+    of = [mixture.weights[mixture.labels == k].sum() for k in mixture.labels.unique()]
+    share = torch.stack(of).log()
 
     def logits(x, t, **cond):
         a, s = process.alpha(t), process.sigma(t)
-        return torch.stack(
-            [
-                w + mixture.log_prob(x, a, s, torch.full((len(x),), k, device=x.device))
-                for k, w in enumerate(share)
-            ],
-            1,
-        )
+        bin_ = lambda k: torch.full((len(x),), k, device=x.device)
+        logs = [w + mixture.log_prob(x, a, s, bin_(k)) for k, w in enumerate(share)]
+        return torch.stack(logs, 1)
 
     return logits
 
@@ -139,8 +124,7 @@ def mixture_classifier(
 def minority(
     denoiser: Denoiser,  # the model
     classifier: Callable,  # (x, t, **cond) -> (B, L) logits of the bins, differentiable in x
-    # the bin to go to: -1 the rarest, 0 the most common; or one a sample (B,)
-    level: int | torch.Tensor = -1,
+    level: int | torch.Tensor = -1,  # bin to go to: -1 the rarest, 0 the commonest; or (B,)
     # 0 is off, 1 is Bayes' rule; the official code's 3.5 is for images
     scale: float | torch.Tensor | Callable = 1.0,
     interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
@@ -152,11 +136,8 @@ def minority(
             "classifier must be a function (x, t, **cond) -> logits, got"
             f" {type(classifier).__name__}"
         )
-    if (
-        isinstance(level, torch.Tensor)
-        and level.is_floating_point()
-        or isinstance(level, (float, bool))
-    ):
+    real = isinstance(level, torch.Tensor) and level.is_floating_point()
+    if real or isinstance(level, (float, bool)):
         raise TypeError(f"level must be an integer bin, got {level!r}")
 
     def log_prob(x, t, **cond):
@@ -170,26 +151,17 @@ def minority(
                 "classifier must be differentiable in x: its logits carry no gradient (is it under"
                 " no_grad, or does it leave torch?)"
             )
-        k = (
-            torch.as_tensor(level, device=x.device).expand(len(x))
-            if not isinstance(level, torch.Tensor) or level.ndim == 0 or len(level) == len(x)
-            else level
-        )
+        k, bins = torch.as_tensor(level, device=x.device), z.shape[1]
+        k = k.expand(len(x)) if k.ndim == 0 else k
         if len(k) != len(x):
             raise ValueError(
                 f"level must be a number or have one entry a sample ({len(x)}), got shape"
                 f" {tuple(k.shape)}"
             )
-        if (
-            x.device.type == "cpu"
-            and k.numel()
-            and not -z.shape[1] <= int(k.min()) <= int(k.max()) < z.shape[1]
-        ):
-            raise ValueError(
-                f"level must lie in {-z.shape[1]}..{z.shape[1] - 1} for {z.shape[1]} bins, got"
-                f" {level}"
-            )
-        return z.log_softmax(1).gather(1, (k % z.shape[1])[:, None].long())[:, 0]
+        readable = x.device.type == "cpu" and k.numel()  # elsewhere reading values is a stop
+        if readable and not -bins <= int(k.min()) <= int(k.max()) < bins:
+            raise ValueError(f"level must lie in {-bins}..{bins - 1} for {bins} bins, got {level}")
+        return z.log_softmax(1).gather(1, (k % bins)[:, None].long())[:, 0]
 
     return ClassifierGuidance(denoiser, log_prob, scale, interval)
 
@@ -205,9 +177,8 @@ class BinClassifier(nn.Module):
         self.net = net
 
     def forward(self, x, t, **cond):
-        return self.net(
-            x, torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x)), **cond
-        )
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        return self.net(x, t.expand(len(x)), **cond)
 
 
 def train_bin_classifier(
@@ -237,15 +208,12 @@ def train_bin_classifier(
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(steps, 1))
     for _ in range(steps):
         i = torch.randint(0, len(x0), (batch,), generator=generator).to(x0.device)
-        t = process.t_min + (t_max - process.t_min) * torch.rand(batch, generator=generator).to(
-            x0.device
-        )
-        x = process.noise(
-            x0[i], t, process.sample_noise(x0[i].shape, t, generator, dtype=x0.dtype).to(x0.device)
-        )
-        loss = nn.functional.cross_entropy(
-            out(x, t, **{k: v[i] for k, v in cond.items()}), labels[i]
-        )
+        u = torch.rand(batch, generator=generator).to(x0.device)
+        t = process.t_min + (t_max - process.t_min) * u
+        noise = process.sample_noise(x0[i].shape, t, generator, dtype=x0.dtype)
+        x = process.noise(x0[i], t, noise.to(x0.device))
+        logits = out(x, t, **{k: v[i] for k, v in cond.items()})
+        loss = nn.functional.cross_entropy(logits, labels[i])
         opt.zero_grad()
         loss.backward()
         opt.step()

@@ -23,8 +23,7 @@ __all__ = ['class_energy', 'distance_energy', 'LatentFlow', 'PromptGen', 'fit_mo
 def class_energy(
     classifier: Callable,  # x -> (B, classes) logits, differentiable
     label: int,  # the wanted class
-    # added to the probability, so that a hopeless sample has a finite energy; the official code's
-    floor: float = 1e-8,
+    floor: float = 1e-8,  # added to the probability: no energy is infinite; the official code's
 ) -> Callable:  # x -> (B,)
     """`-log(p(label | x) + floor)`: with weight 1 its posterior is Bayes' rule. Source: arXiv
     2209.06970, its classifier energy."""
@@ -36,8 +35,7 @@ def class_energy(
 def distance_energy(
     features: Callable,  # x -> (B, ...), differentiable
     target: torch.Tensor,  # (...) features of the reference
-    # "squared" distance, or "cosine": 1 - cosine, as with CLIP and face embeddings
-    kind: str = "squared",
+    kind: str = "squared",  # or "cosine": 1 - cosine, as with CLIP and face embeddings
 ) -> Callable:  # x -> (B,)
     """How far the features of a sample are from those of a reference. Source: arXiv 2209.06970,
     its identity and text energies."""
@@ -53,21 +51,14 @@ class _Block(nn.Module):  # affine coupling, scale and shift of channels, a fixe
     def __init__(self, dim, hidden, clamp, code, generator):
         super().__init__()
         self.keep, self.clamp = dim - dim // 2, clamp
-        self.net = nn.Sequential(
-            nn.Linear(self.keep + code, hidden),
-            nn.LeakyReLU(0.1),
-            nn.Linear(hidden, 2 * (dim - self.keep)),
-        )
-        # the identity at the start
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
+        first, last = nn.Linear(self.keep + code, hidden), nn.Linear(hidden, 2 * (dim - self.keep))
+        self.net = nn.Sequential(first, nn.LeakyReLU(0.1), last)
+        nn.init.zeros_(last.weight)  # the identity at the start
+        nn.init.zeros_(last.bias)
         self.log_gain, self.shift = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
-        self.register_buffer(
-            "turn",
-            torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64))[0].to(
-                torch.get_default_dtype()
-            ),
-        )
+        turn = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        turn = torch.linalg.qr(turn)[0].to(torch.get_default_dtype())
+        self.register_buffer("turn", turn)
 
     def coupling(self, a, code):
         s, t = (0.1 * self.net(a if code is None else torch.cat([a, code], 1))).chunk(2, 1)
@@ -76,9 +67,8 @@ class _Block(nn.Module):  # affine coupling, scale and shift of channels, a fixe
     def forward(self, x, code):
         a, b = x[:, : self.keep], x[:, self.keep :]
         s, t = self.coupling(a, code)
-        return (
-            torch.cat([a, b * s.exp() + t], 1) * self.log_gain.exp() + self.shift
-        ) @ self.turn.T, s.sum(1) + self.log_gain.sum()
+        y = torch.cat([a, b * s.exp() + t], 1) * self.log_gain.exp() + self.shift
+        return y @ self.turn.T, s.sum(1) + self.log_gain.sum()
 
     def inverse(self, y, code):
         x = (y @ self.turn - self.shift) * (-self.log_gain).exp()
@@ -86,7 +76,7 @@ class _Block(nn.Module):  # affine coupling, scale and shift of channels, a fixe
         s, t = self.coupling(a, code)
         return torch.cat([a, (b - t) * (-s).exp()], 1), -s.sum(1) - self.log_gain.sum()
 
-
+# %% ../../nbs/guidance/308_promptgen.ipynb #d49c2204
 class LatentFlow(nn.Module):
     """An invertible network of latents, at first a rotation: `eps -> (z, log |det dz/deps|)`.
     Source: arXiv 2209.06970, its affine coupling blocks."""
@@ -97,17 +87,12 @@ class LatentFlow(nn.Module):
         blocks: int = 8,  # coupling blocks; the paper's number
         hidden: int = 256,  # hidden units of a block's network; the paper's number
         clamp: float = 2.0,  # largest log-scale of a block; the paper's
-        # numbers of a code that every block sees: a family of controls in one network, e.g. a pose
-        cond_dim: int = 0,
+        cond_dim: int = 0,  # numbers of a code that every block sees, e.g. a pose: many controls
         seed: int = 0,  # of the fixed rotations and of the weights' start
     ):
         super().__init__()
-        for k, v, low in (
-            ("dim", dim, 2),
-            ("blocks", blocks, 1),
-            ("hidden", hidden, 1),
-            ("cond_dim", cond_dim, 0),
-        ):
+        sizes = (("dim", dim, 2), ("blocks", blocks, 1), ("hidden", hidden, 1))
+        for k, v, low in (*sizes, ("cond_dim", cond_dim, 0)):
             if isinstance(v, bool) or not isinstance(v, int) or v < low:
                 raise ValueError(f"{k} must be an integer of at least {low}, got {v!r}")
         if not clamp > 0:
@@ -115,18 +100,14 @@ class LatentFlow(nn.Module):
         self.dim, self.cond_dim, g = dim, cond_dim, torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.blocks = nn.ModuleList(
-                _Block(dim, hidden, clamp, cond_dim, g) for _ in range(blocks)
-            )
+            made = [_Block(dim, hidden, clamp, cond_dim, g) for _ in range(blocks)]
+        self.blocks = nn.ModuleList(made)
 
     def _check(self, x, code):
         if x.ndim != 2 or x.shape[1] != self.dim:
             raise ValueError(f"latents must have shape (B, {self.dim}), got {tuple(x.shape)}")
-        if (
-            (code is None) != (self.cond_dim == 0)
-            or code is not None
-            and code.shape != (len(x), self.cond_dim)
-        ):
+        missing = (code is None) != (self.cond_dim == 0)
+        if missing or code is not None and code.shape != (len(x), self.cond_dim):
             wanted = f"have shape ({len(x)}, {self.cond_dim})" if self.cond_dim else "not be given"
             got = None if code is None else tuple(code.shape)
             raise ValueError(f"code must {wanted}, got {got}")
@@ -156,7 +137,11 @@ class LatentFlow(nn.Module):
             total = total + ld
         return z, total
 
-    def log_prob(self, z: torch.Tensor, code: torch.Tensor | None = None) -> torch.Tensor:  # (B,)
+    def log_prob(
+        self,
+        z: torch.Tensor,  # (B, dim)
+        code: torch.Tensor | None = None,  # (B, cond_dim)
+    ) -> torch.Tensor:  # (B,)
         "Log density of the latents that the network makes of standard normal noise."
         eps, ld = self.inverse(z, code)
         return ld - 0.5 * eps.square().sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
@@ -170,16 +155,13 @@ class PromptGen(nn.Module):
         generator: Callable,  # z (B, dim) -> x (B, ...), differentiable in z; not trained
         energies: Callable | Sequence[Callable],  # x -> (B,) each; with cond_dim: (x, code) -> (B,)
         dim: int,  # numbers of a latent
-        # one an energy; default: 1, which for `class_energy` is Bayes' rule
-        weights: Sequence[float] | None = None,
-        # (eps) -> (z, log-determinants), with `inverse`; default: LatentFlow(dim)
-        flow: nn.Module | None = None,
+        weights: Sequence[float] | None = None,  # one an energy; default 1: Bayes for a class
+        flow: nn.Module | None = None,  # (eps) -> (z, log-determinants); default: LatentFlow(dim)
     ):
         super().__init__()
         self.energies = [energies] if callable(energies) else list(energies)
-        self.weights = (
-            [1.0] * len(self.energies) if weights is None else [float(w) for w in weights]
-        )
+        weights = [1.0] * len(self.energies) if weights is None else weights
+        self.weights = [float(w) for w in weights]
         if not self.energies:
             raise ValueError("energies must hold at least one, got none")
         if len(self.weights) != len(self.energies):
@@ -188,22 +170,24 @@ class PromptGen(nn.Module):
                 f" {len(self.weights)}"
             )
         self.dim, self.flow = dim, LatentFlow(dim) if flow is None else flow
-        # in a tuple, so that a module is not registered: its weights are not ours to save or to
-        # train
+        # in a tuple: a module is not registered, its weights are not ours to save or to train
         self._generator = (generator,)
 
     @property
     def generator(self) -> Callable:
+        "The frozen generator."
         return self._generator[0]
 
-    def energy(self, z: torch.Tensor, code: torch.Tensor | None = None) -> torch.Tensor:  # (B,)
+    def energy(
+        self,
+        z: torch.Tensor,  # (B, dim) latents
+        code: torch.Tensor | None = None,  # (B, cond_dim)
+    ) -> torch.Tensor:  # (B,)
         "The weighted sum of energies of latents."
         x, total = self.generator(z), z.new_zeros(len(z))
         for k, (w, f) in enumerate(zip(self.weights, self.energies)):
-            e, name = (
-                (f(x) if code is None else f(x, code)),
-                f"energies[{k}] ({getattr(f, '__name__', type(f).__name__)})",
-            )
+            e = f(x) if code is None else f(x, code)
+            name = f"energies[{k}] ({getattr(f, '__name__', type(f).__name__)})"
             if e.shape != (len(z),):
                 raise ValueError(
                     f"{name} must return one number a sample, ({len(z)},), got shape"
@@ -226,10 +210,8 @@ class PromptGen(nn.Module):
         steps: int = 1000,  # iterations
         batch: int = 128,  # samples an iteration, each one generator call with its gradient
         lr: float = 1e-3,  # of AdamW, the paper's; decayed to 0 along a half cosine
-        # share of the training over which the energy's weight grows to its value
-        anneal: float = 1 / 3,
-        # n -> (n, cond_dim): codes to train on, for a flow with cond_dim
-        codes: Callable | None = None,
+        anneal: float = 1 / 3,  # share of the training over which the energy's weight grows to 1
+        codes: Callable | None = None,  # n -> (n, cond_dim): codes to train on
         generator: torch.Generator | None = None,  # source of the noise
         progress: bool = True,  # a bar, if it takes longer than a second
         callback: Callable | None = None,  # (step, loss), after every iteration
@@ -248,11 +230,7 @@ class PromptGen(nn.Module):
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(opt, max(steps, 1))
         for i in tqdm(range(steps), delay=1.0, leave=False, disable=not progress, desc="PromptGen"):
             code = None if codes is None else codes(batch)
-            z, ld = (
-                self.flow(self._eps(batch, generator))
-                if code is None
-                else self.flow(self._eps(batch, generator), code)
-            )
+            z, ld = self.flow(self._eps(batch, generator), *([] if code is None else [code]))
             w = min(1.0, (i + 1) / max(anneal * steps, 1))
             loss = (w * self.energy(z, code) + 0.5 * z.square().sum(1) - ld).mean()
             if not torch.isfinite(loss):
@@ -270,14 +248,19 @@ class PromptGen(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, generator: torch.Generator | None = None, code: torch.Tensor | None = None
+        self,
+        n: int,  # samples
+        generator: torch.Generator | None = None,  # source of the noise
+        code: torch.Tensor | None = None,  # (n, cond_dim)
     ) -> torch.Tensor:  # (n, ...)
         "Draw from the controlled generator: one call a sample."
         eps = self._eps(n, generator)
         return self.generator((self.flow(eps) if code is None else self.flow(eps, code))[0])
 
     def log_weight(
-        self, eps: torch.Tensor, code: torch.Tensor | None = None
+        self,
+        eps: torch.Tensor,  # (B, dim) noise
+        code: torch.Tensor | None = None,  # (B, cond_dim)
     ) -> torch.Tensor:  # (B,)
         """Log importance weights of the network's samples, equation (3); their mean in
         exponents is Z."""
@@ -285,20 +268,24 @@ class PromptGen(nn.Module):
         return -self.energy(z, code) - 0.5 * z.square().sum(1) + ld + 0.5 * eps.square().sum(1)
 
     @torch.no_grad()
-    def ess(self, n: int = 4096, generator: torch.Generator | None = None) -> float:  # in (0, 1]
+    def ess(
+        self,
+        n: int = 4096,  # samples
+        generator: torch.Generator | None = None,  # source of the noise
+    ) -> float:  # in (0, 1]
         "Effective share of n samples: 1 where the network is exact."
         w = self.log_weight(self._eps(n, generator)).double().softmax(0)
         return (1 / (n * w.square().sum())).item()
 
     @torch.no_grad()
     def log_z(
-        self, n: int = 4096, generator: torch.Generator | None = None
+        self,
+        n: int = 4096,  # samples, each time
+        generator: torch.Generator | None = None,  # source of the noise
     ) -> tuple[float, float]:  # by the network, by the prior
         "log Z twice: if the network's is clearly lower than the prior's, it misses a region."
-        lw, prior = (
-            self.log_weight(self._eps(n, generator)).double(),
-            -self.energy(self._eps(n, generator)).double(),
-        )
+        lw = self.log_weight(self._eps(n, generator)).double()
+        prior = -self.energy(self._eps(n, generator)).double()
         return tuple((torch.logsumexp(v, 0) - math.log(n)).item() for v in (lw, prior))
 
     def as_generator(self) -> Callable:  # eps (B, dim) -> x
@@ -310,8 +297,7 @@ class PromptGen(nn.Module):
 def fit_moment(
     gamma: torch.Tensor,  # (n, k) statistics of n samples of the generator
     mu: torch.Tensor | Sequence[float],  # (k,) their wanted means
-    # "newton": the concave dual, to all digits; "paper": Adam on the squared deviation
-    method: str = "newton",
+    method: str = "newton",  # the dual, to all digits; or "paper": Adam on the squared deviation
     generator: torch.Generator | None = None,  # source of the paper's batches
 ) -> torch.Tensor:  # (k,) beta in float64; centred where the statistics add up to a constant
     "The multipliers of a moment constraint. Source: arXiv 2209.06970, its moment constraint."
@@ -361,11 +347,8 @@ def fit_moment(
         if slope.abs().max() < 1e-10:
             return beta - beta.mean() if simplex else beta
         cov = (g * w[:, None]).T @ g - torch.outer(mean, mean)
-        step = (
-            torch.linalg.lstsq(cov.cpu(), slope[:, None].cpu(), rcond=1e-13, driver="gelsd")
-            .solution[:, 0]
-            .to(g)
-        )
+        least = dict(rcond=1e-13, driver="gelsd")  # the shortest: one direction may be free
+        step = torch.linalg.lstsq(cov.cpu(), slope[:, None].cpu(), **least).solution[:, 0].to(g)
         size = 1.0
         while size > 1e-8 and not dual(beta + size * step) > dual(beta):
             size /= 2
@@ -397,11 +380,8 @@ def ode_generator(
     cond: dict | None = None,  # conditions that hold for every sample, e.g. {"label": 3}
 ) -> Callable:  # z (B, dim) -> x (B, *shape)
     "A diffusion model's ODE as a generator with a Gaussian latent."
-    if (
-        getattr(solver, "eta", 0.0)
-        or getattr(solver, "sde", False)
-        or type(solver).__name__ in ("Ancestral", "EulerMaruyama")
-    ):
+    named = type(solver).__name__ in ("Ancestral", "EulerMaruyama")
+    if getattr(solver, "eta", 0.0) or getattr(solver, "sde", False) or named:
         raise ValueError(
             f"solver must be deterministic, got {solver!r}: the sample has to be a function of the"
             " latent"
@@ -418,14 +398,7 @@ def ode_generator(
             k: torch.full((len(z),), v, device=z.device) if isinstance(v, int) else v
             for k, v in (cond or {}).items()
         }
-        return sample(
-            denoiser,
-            solver,
-            start * z.reshape(len(z), *shape),
-            grid,
-            cond=rows,
-            grad=True,
-            progress=False,
-        )
+        x = start * z.reshape(len(z), *shape)
+        return sample(denoiser, solver, x, grid, cond=rows, grad=True, progress=False)
 
     return generate

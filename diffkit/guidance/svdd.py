@@ -63,9 +63,8 @@ def choose_candidate(
         values = torch.where(lost[:, None], first, values)
     if alpha == 0:
         return values.argmax(1)
-    return systematic((values - values.amax(1, keepdim=True)) / alpha, n=1, generator=generator)[
-        :, 0
-    ]
+    log_w = (values - values.amax(1, keepdim=True)) / alpha
+    return systematic(log_w, n=1, generator=generator)[:, 0]
 
 # %% ../../nbs/guidance/305_svdd.ipynb #74728ee2
 class SoftValue:
@@ -77,16 +76,20 @@ class SoftValue:
     reward: Callable | None = None  # x_0 (B, ...) -> (B,), if known: the value at time 0
 
     def start(
-        self, process: Process, alpha: float, generator: torch.Generator | None = None
+        self,
+        process: Process,  # of the model
+        alpha: float,  # temperature of the solver that asks; 0 takes the best
+        generator: torch.Generator | None = None,
     ) -> None:
         "Called by the solver before the loop: refuse what cannot work, take what is drawn with."
 
     def __call__(
         self,
-        x: torch.Tensor,
-        t: float,
+        x: torch.Tensor,  # (B, ...) states
+        t: float,  # their time
+        # the model's prediction at (x, t), where `needs_prediction` asks for it
         prediction: Prediction | CategoricalPrediction | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # (B,)
         raise NotImplementedError
 
 
@@ -133,7 +136,7 @@ class PosteriorMean(SoftValue):
         full = prediction.repeat(self.completions).draw(self.generator)
         return soft_mean(_numbers(self.reward(full), full).reshape(len(x), -1), self.alpha)
 
-
+# %% ../../nbs/guidance/305_svdd.ipynb #8523674a
 def per_sample(
     f: Callable,  # one clean sample as a numpy array -> a number
 ) -> Callable:  # (B, ...) tensor -> (B,)
@@ -144,10 +147,8 @@ def per_sample(
     )
 
 
-def _numbers(
-    out,
-    x,  # what a reward or a value returned, as one float64 number a row
-):
+# what a reward or a value returned, as one float64 number a row
+def _numbers(out, x):
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     v = torch.as_tensor(out).detach().to(x.device, wide)
     if v.shape != (len(x),):
@@ -163,7 +164,7 @@ def _numbers(
         )
     return v
 
-# %% ../../nbs/guidance/305_svdd.ipynb #8523674a
+# %% ../../nbs/guidance/305_svdd.ipynb #ae159202
 class MonteCarloValue(SoftValue):
     """SVDD-MC: a network that predicts the reward from the noisy state, regressed on the
     model's own samples. Source: arXiv 2408.08252."""
@@ -190,20 +191,13 @@ class MonteCarloValue(SoftValue):
             )
 
     def __call__(self, x, t, prediction=None):
-        return self.net(
-            x,
-            torch.full(
-                (len(x),),
-                float(t),
-                dtype=x.dtype if x.is_floating_point() else torch.get_default_dtype(),
-                device=x.device,
-            ),
-        )
+        dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
+        return self.net(x, torch.full((len(x),), float(t), dtype=dtype, device=x.device))
 
     def loss(
         self,
-        x: torch.Tensor,
-        t: torch.Tensor,  # (B, ...) states and (B,) their times
+        x: torch.Tensor,  # (B, ...) states
+        t: torch.Tensor,  # (B,) their times
         r: torch.Tensor,  # (B,) reward at the end of their paths
     ) -> torch.Tensor:
         """Squared error, least for E[r | x_t]; or `exp(d) - d - 1` with `d = (r - f) / alpha`,
@@ -256,8 +250,8 @@ class MonteCarloValue(SoftValue):
         self.reward = reward
         return self
 
-# %% ../../nbs/guidance/305_svdd.ipynb #bcdda3c0
-class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, and a value
+# %% ../../nbs/guidance/305_svdd.ipynb #51e15d2c
+class _Wrapper(Solver):  # an inner solver that is known to draw, and a value
     def __init__(self, solver, value, alpha, chunk):
         if not isinstance(solver, Solver):
             raise TypeError(
@@ -268,24 +262,14 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
                 f"value must be a SoftValue or a function (x, t) -> (B,), got {value!r}; a reward"
                 " of clean samples becomes one by PosteriorMean(reward)"
             )
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, (int, float))
-            or not 0 <= alpha < math.inf
-        ):
+        number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+        if not number or not 0 <= alpha < math.inf:
             raise ValueError(f"alpha must be a finite number from 0 on, got {alpha!r}")
-        if chunk is not None and (
-            isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1
-        ):
+        whole = isinstance(chunk, int) and not isinstance(chunk, bool)
+        if chunk is not None and (not whole or chunk < 1):
             raise ValueError(f"chunk must be a positive integer or None, got {chunk!r}")
-        self.solver, self.value, self.alpha, self.chunk, self.clean = (
-            solver,
-            value,
-            float(alpha),
-            chunk,
-            True,
-        )
-        self.looks = getattr(value, "needs_prediction", False)
+        self.solver, self.value, self.alpha, self.chunk = solver, value, float(alpha), chunk
+        self.clean, self.looks = True, getattr(value, "needs_prediction", False)
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
@@ -296,19 +280,13 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
                 f" a function of the state alone; got {inner!r}: take DDIM(eta=1.), Ancestral() or,"
                 " for tokens, Unmask()"
             )
-        # else `_probe` looks, when the first state is known
+        # a solver without a table is looked at by `_probe`, when the first state is known
         noisy = not isinstance(inner, MultistepSolver)
-        # a single step may end in clean data and add no noise: look at half of it
-        for g in (
-            [
-                torch.tensor(
-                    [self.times[0], sum(self.times) / 2, self.times[1]], dtype=torch.float64
-                ),
-                grid,
-            ]
-            if n == 1
-            else [grid]
-        ):
+        grids = [grid]
+        if n == 1:  # a single step may end in clean data and add no noise: look at half of it
+            halves = [self.times[0], sum(self.times) / 2, self.times[1]]
+            grids = [torch.tensor(halves, dtype=torch.float64), grid]
+        for g in grids:
             inner.start(process, g, generator)
             noisy = noisy or any(row.c for row in inner.rows)
         if not noisy:
@@ -325,51 +303,37 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
             " would be equal; take DDIM(eta=1.), Ancestral() or, for tokens, Unmask()"
         )
 
-    def _probe(
-        self,
-        x,
-        t,
-        # does a solver that is no table draw random numbers? One step of one row, on a prediction
-        # that needs no network
-        s,
-    ):
+    # does a solver without a table draw random numbers? One step of one row, on a prediction that
+    # needs no network
+    def _probe(self, x, t, s):
         if self.i or not len(x) or isinstance(self.solver, MultistepSolver):
             return
         g = torch.Generator(x.device).manual_seed(0)
         before, grid = g.get_state(), torch.tensor(self.times, dtype=torch.float64)
         self.solver.start(self.process, grid, g)
-        blank = lambda y, u: (
-            Prediction.of(y, u, self.process, x0=torch.zeros_like(y))
-            if y.is_floating_point()
-            else CategoricalPrediction(
-                y,
-                u,
-                self.process,
-                torch.full((*y.shape, self.process.vocab), 1 / self.process.vocab, device=y.device),
-            )
-        )
+
+        def blank(y, u):
+            if y.is_floating_point():
+                return Prediction.of(y, u, self.process, x0=torch.zeros_like(y))
+            vocab = self.process.vocab
+            even = torch.full((*y.shape, vocab), 1 / vocab, device=y.device)
+            return CategoricalPrediction(y, u, self.process, even)
+
         self.solver.step(blank, x[:1], t, s)
         if torch.equal(before, g.get_state()):
             self._refuse()
         self.solver.start(self.process, grid, self.generator)
 
-    def _propose(
-        self,
-        denoise,
-        x,
-        t,
-        s,
-        m,  # (B m, ...) candidates at s, m for each row, from one prediction
-    ):
+# %% ../../nbs/guidance/305_svdd.ipynb #f0833389
+class _Valued(_Wrapper):  # what SVDD and SMC share: candidates, and what they are worth
+    # (B m, ...) candidates at s, m for each row, from one prediction
+    def _propose(self, denoise, x, t, s, m):
         self._probe(x, t, s)
         known, self.ready, self.i = self.ready, None, self.i + 1
 
-        def ask(
-            y,
-            # what the inner solver takes for the model; one that asks at a time of its own pays for
-            # a new evaluation
-            u,
-        ):
+        # what the inner solver takes for the model; one that asks at a time of its own pays for a
+        # new evaluation
+        def ask(y, u):
             if isinstance(u, torch.Tensor) and u.ndim:
                 return denoise(x, u[::m]).repeat(m)
             p = known if known is not None and known.t == u else denoise(x, u)
@@ -380,13 +344,8 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
         self.solver.reindex(torch.arange(len(x), device=x.device).repeat_interleave(m))
         return self.solver.step(ask, x.repeat_interleave(m, 0), t, s)
 
-    def _judge(
-        self,
-        denoise,
-        y,
-        s,
-        m,  # (B m,) values of candidates, and the predictions that were made for them
-    ):
+    # (B m,) values of candidates, and the predictions that were made for them
+    def _judge(self, denoise, y, s, m):
         done, reward = self.i >= len(self.times) - 1, getattr(self.value, "reward", None)
         p, value = None, self.value
         if done and self.clean and reward is not None:
@@ -394,28 +353,20 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
         elif self.looks:
             # memories of wrappers, for each candidate
             if m > 1 and hasattr(denoise, "denoiser"):
-                denoise.denoiser.reindex(
-                    torch.arange(len(y) // m, device=y.device).repeat_interleave(m)
-                )
+                each = torch.arange(len(y) // m, device=y.device).repeat_interleave(m)
+                denoise.denoiser.reindex(each)
             p = denoise(y, s)
         step = self.chunk or max(len(y), 1)
         with torch.no_grad():
-            rows = [slice(i, i + step) for i in range(0, max(len(y), 1), step)]
-            return (
-                torch.cat(
-                    [
-                        _numbers(value(y[k], s) if p is None else value(y[k], s, p.index(k)), y[k])
-                        for k in rows
-                    ]
-                ),
-                p,
-            )
+            out = []
+            for i in range(0, max(len(y), 1), step):
+                k = slice(i, i + step)
+                v = value(y[k], s) if p is None else value(y[k], s, p.index(k))
+                out.append(_numbers(v, y[k]))
+        return torch.cat(out), p
 
-    def _go_on(
-        self,
-        p,
-        rows,  # what was made for all candidates is kept for those that go on
-    ):
+    # what was made for all candidates is kept for those that go on
+    def _go_on(self, p, rows):
         self.solver.reindex(rows)
         self.ready = None if p is None else p.index(rows)
 
@@ -424,15 +375,14 @@ class _Valued(Solver):  # what SVDD and SMC share: an inner solver that draws, a
         if self.ready is not None:
             self.ready = self.ready.index(idx)
 
-
+# %% ../../nbs/guidance/305_svdd.ipynb #27c72848
 class SVDD(_Valued):
     """Soft value-based decoding: try M candidates in each step of a stochastic solver, and go
     on from one of them. Source: arXiv 2408.08252, algorithm 1."""
 
     def __init__(
         self,
-        # stochastic, one evaluation a step: DDIM(eta=1.), Ancestral(), EulerMaruyama(), Unmask(),
-        # ...
+        # stochastic, one evaluation a step: DDIM(eta=1.), Ancestral(), Unmask(), ...
         solver: Solver,
         # PosteriorMean(reward), MonteCarloValue(net), or any function (x, t) -> (B,)
         value: SoftValue | Callable,
@@ -441,7 +391,6 @@ class SVDD(_Valued):
         M: int = 20,
         alpha: float = 1.0,  # temperature, in units of the reward; 0 takes the best candidate
         # "sample": in proportion to exp(value / alpha); "argmax": the best, as the official code
-        # does
         select: str = "sample",
         # largest number of candidates in one call of the value; None: all
         chunk: int | None = None,
@@ -453,10 +402,8 @@ class SVDD(_Valued):
             raise ValueError(f"select must be sample or argmax, got {select!r}")
         self.M, self.select, self.evals_per_step = M, select, M if self.looks else 1
 
-    def evals(
-        self,
-        n_steps,  # of rows a sample, which is what costs
-    ):
+    # of rows a sample, which is what costs
+    def evals(self, n_steps):
         known = self.clean and getattr(self.value, "reward", None) is not None
         return 1 + self.M * (n_steps - known) if self.looks and self.M > 1 else n_steps
 
@@ -466,9 +413,9 @@ class SVDD(_Valued):
         if m == 1:
             return y
         v, p = self._judge(denoise, y, s, m)
-        rows = torch.arange(len(x), device=x.device) * m + choose_candidate(
-            v.reshape(len(x), m), 0.0 if self.select == "argmax" else self.alpha, self.generator
-        )
+        alpha = 0.0 if self.select == "argmax" else self.alpha
+        chosen = choose_candidate(v.reshape(len(x), m), alpha, self.generator)
+        rows = torch.arange(len(x), device=x.device) * m + chosen
         self._go_on(p, rows)
         # the model's last call was on the candidates
         if p is not None and hasattr(denoise, "reindex"):
@@ -490,12 +437,10 @@ def soft_best_of(
         )
     with torch.no_grad():
         r = _numbers(reward(x), x)
-    return x[
-        torch.arange(0, len(x), n, device=x.device)
-        + choose_candidate(r.reshape(-1, n), alpha, generator)
-    ]
+    chosen = choose_candidate(r.reshape(-1, n), alpha, generator)
+    return x[torch.arange(0, len(x), n, device=x.device) + chosen]
 
-
+# %% ../../nbs/guidance/305_svdd.ipynb #1f278da4
 class RewardSMC(_Valued):
     """Sequential Monte Carlo on the same values: rows are particles, weighted by `exp(value /
     alpha)`, and resampled within groups."""
@@ -548,17 +493,14 @@ class RewardSMC(_Valued):
             )
         log_w = torch.where(lost[:, None], 0.0, log_w)
         self.sizes.append(ess(log_w))
-        go = (
-            self.sizes[-1] < (1 - 1e-12 if self.i >= len(self.times) - 1 else self.ess) * n
-        ) & ~lost
+        # at the end always, unless the weights are equal: what comes out is unweighted
+        least = 1 - 1e-12 if self.i >= len(self.times) - 1 else self.ess
+        go = (self.sizes[-1] < least * n) & ~lost
         if not go.any():
             self.ready = p
             return y
-        block = torch.where(
-            go[:, None],
-            systematic(log_w, generator=self.generator),
-            torch.arange(n, device=x.device),
-        )
+        stay = torch.arange(n, device=x.device)
+        block = torch.where(go[:, None], systematic(log_w, generator=self.generator), stay)
         rows = (block + n * torch.arange(self.groups, device=x.device)[:, None]).reshape(-1)
         self._go_on(p, rows)
         if hasattr(denoise, "reindex"):

@@ -22,15 +22,11 @@ __all__ = ['unipc_row', 'UniPC', 'lagrange_weights', 'DCSolver', 'best_ratio', '
            'cpr_fit', 'cpr_predict']
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #3c976a1f
-def _moments(
-    z,
-    # k! phi_{k+1}(z) = int_0^1 e^{(1-u) z} u^k du: recursion, and a series where that would lose
-    # digits
-    k,
-):
+def _moments(z, k):  # k! phi_{k+1}(z) = int_0^1 e^{(1-u) z} u^k du
     g, f = torch.expm1(z) / z, 1.0
     for j in range(k):
         g, f = (g - 1 / f) / z, f * (j + 2)
+    # the recursion loses digits at small z: there the series
     near = sum(z**j / math.factorial(j + k + 1) for j in range(14))
     return math.factorial(k) * torch.where(z.abs() < 0.5, near, g)
 
@@ -48,10 +44,8 @@ def unipc_row(
     h = target.lam - nodes[0].lam
     z = -h
     B = z if variant == "bh1" else torch.expm1(z)
-    # places of the predictions, in units of h
-    r = torch.stack(
-        [*[(p.lam - nodes[0].lam) / h for p in nodes[1:]], *[torch.ones_like(h)] * corrector], -1
-    )
+    places = [(p.lam - nodes[0].lam) / h for p in nodes[1:]]  # of the predictions, in units of h
+    r = torch.stack([*places, *[torch.ones_like(h)] * corrector], -1)
     q = r.shape[-1]
     # the paper's choice: one condition is kept to leading order
     if q == 1:
@@ -70,14 +64,12 @@ class UniPC(MultistepSolver):
 
     def __init__(
         self,
-        # predictions in the predictor; with the corrector the order of accuracy is one higher
-        order: int = 3,
+        order: int = 3,  # predictions in the predictor; the corrector adds one to the accuracy
         # B(h): "bh2" is e^h - 1 (the default of diffusers), "bh1" is h (for unguided sampling)
         variant: str = "bh2",
         corrector: bool = True,  # False is UniP, the predictor alone
-        # steps whose result is not corrected, e.g. (0,) under strong guidance
-        skip_corrector: Sequence[int] = (),
-        # drop to order 1 towards the end: True (as diffusers), False, or where the last step is
+        skip_corrector: Sequence[int] = (),  # steps not corrected, e.g. (0,) under strong guidance
+        # lower the order at the end: True (as diffusers), False, or "auto": where the last step is
         # over twice the one before
         lower_order_final: bool | str = "auto",
     ):
@@ -93,13 +85,9 @@ class UniPC(MultistepSolver):
             raise ValueError(
                 f"lower_order_final must be True, False or 'auto', got {lower_order_final!r}"
             )
-        self.order, self.variant, self.corrector, self.skip_corrector, self.lower_order_final = (
-            order,
-            variant,
-            corrector,
-            tuple(skip_corrector),
-            lower_order_final,
-        )
+        self.order, self.variant, self.corrector = order, variant, corrector
+        self.skip_corrector = tuple(skip_corrector)
+        self.lower_order_final = lower_order_final
 
     @property
     def reuses(self):
@@ -107,22 +95,17 @@ class UniPC(MultistepSolver):
 
     def start(self, process, grid, generator=None):
         lam = process.log_snr(torch.as_tensor(grid, dtype=torch.float64)[-3:]).tolist()
-        self.lower = (
-            lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
-            if self.lower_order_final == "auto" and len(lam) == 3
-            else bool(self.lower_order_final)
-        )
+        self.lower = bool(self.lower_order_final)
+        if self.lower_order_final == "auto" and len(lam) == 3:
+            self.lower = lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
         super().start(process, grid, generator)
-        n, table = (
-            len(self.times) - 1,
-            Node.at(process, torch.tensor(self.times, dtype=torch.float64)),
-        )
+        n = len(self.times) - 1
+        table = Node.at(process, torch.tensor(self.times, dtype=torch.float64))
         self.corrections = [None] * n
         # as the rows of the predictor: all steps of one order at once; nobody corrects the end
         for k in set(self.orders) if self.corrector else ():
-            at = torch.tensor(
-                [i for i in range(n - 1) if self.orders[i] == k and i not in self.skip_corrector]
-            )
+            at = [i for i in range(n - 1) if self.orders[i] == k]
+            at = torch.tensor([i for i in at if i not in self.skip_corrector])
             if not len(at):
                 continue
             rows = self.correction([table.take(at - d) for d in range(k)], table.take(at + 1))
@@ -132,39 +115,32 @@ class UniPC(MultistepSolver):
                     self.corrections[i] = w
 
     def order_at(self, i, n):
-        # a start at alpha = 0 lies infinitely far back
-        k = (
-            min(super().order_at(i, n), max(i, 1))
-            if self.alphas[0] == 0
-            else super().order_at(i, n)
-        )
+        k = super().order_at(i, n)
+        if self.alphas[0] == 0:  # such a start lies infinitely far back
+            k = min(k, max(i, 1))
         return min(k, n - i) if self.lower else k
 
     def row(self, nodes, target, i, n):
         return unipc_row(nodes, target, False, self.variant)
 
     def correction(
-        self, nodes: Sequence[Node], target: Node
+        self,
+        nodes: Sequence[Node],  # newest first: as many as the order of the step
+        target: Node,  # where the step went
     ) -> list:  # weights of the prediction at the target and of the past
         """Corrector minus predictor: the state cancels, so the corrected point is the predicted
         one plus a sum of predictions."""
         new, *past = unipc_row(nodes, target, True, self.variant).b
-        return [
-            new,
-            *(u - v for u, v in zip(past, unipc_row(nodes, target, False, self.variant).b)),
-        ]
+        predictor = unipc_row(nodes, target, False, self.variant).b
+        return [new, *(u - v for u, v in zip(past, predictor))]
 
     def correct(self, x, history, new):
         i = self.i - 1  # the step that led here
         if not self.corrector or i < 0 or i in self.skip_corrector or not history:
             return x
         t, s, past = history[-1].t, new.t, history[::-1]
-        if (
-            i < len(self.times) - 1
-            and not isinstance(t, torch.Tensor)
-            and not isinstance(s, torch.Tensor)
-            and (self.times[i], self.times[i + 1]) == (t, s)
-        ):
+        shared = not isinstance(t, torch.Tensor) and not isinstance(s, torch.Tensor)
+        if shared and i < len(self.times) - 1 and (self.times[i], self.times[i + 1]) == (t, s):
             if self.corrections[i] is None:
                 return x
             out = x
@@ -183,24 +159,18 @@ def lagrange_weights(
 ) -> list[torch.Tensor]:  # one weight a node; they sum to 1
     """Weights of polynomial interpolation; a node at infinity drops out. Source: arXiv
     2409.03755, eq. (9)."""
-    nodes, at = (
-        [torch.as_tensor(v, dtype=torch.float64) for v in nodes],
-        torch.as_tensor(at, dtype=torch.float64),
-    )
-    one = torch.ones((), dtype=torch.float64)
-    ratio = lambda j, k: (
-        one
-        if nodes[k].isinf().any()
-        else one * 0
-        if nodes[j].isinf().any()
-        else (at - nodes[k]) / (nodes[j] - nodes[k])
-    )
-    return [
-        math.prod((ratio(j, k) for k in range(len(nodes)) if k != j), start=one)
-        for j in range(len(nodes))
-    ]
+    nodes = [torch.as_tensor(v, dtype=torch.float64) for v in nodes]
+    at, one = torch.as_tensor(at, dtype=torch.float64), torch.ones((), dtype=torch.float64)
 
+    def ratio(j, k):
+        if nodes[k].isinf().any():
+            return one
+        return one * 0 if nodes[j].isinf().any() else (at - nodes[k]) / (nodes[j] - nodes[k])
 
+    others = lambda j: (k for k in range(len(nodes)) if k != j)
+    return [math.prod((ratio(j, k) for k in others(j)), start=one) for j in range(len(nodes))]
+
+# %% ../../nbs/solvers/204_dc_solver.ipynb #78c6e9f9
 class DCSolver(UniPC):
     """UniPC whose newest prediction is replaced, before it is used, by an interpolation of the
     stored ones. Source: arXiv 2409.03755, algorithm 1."""
@@ -213,11 +183,11 @@ class DCSolver(UniPC):
         axis: str = "time",  # interpolate in "time" (the paper) or in "log_snr"
         # the grid on which the ratios were found: any other is refused
         times: Sequence[float] | None = None,
-        order: int = 2,
-        variant: str = "bh2",
-        corrector: bool = True,
-        skip_corrector: Sequence[int] = (),
-        lower_order_final: bool | str = "auto",  # as UniPC
+        order: int = 2,  # of the predictor, as in UniPC; the paper's for guided sampling
+        variant: str = "bh2",  # as in UniPC
+        corrector: bool = True,  # as in UniPC; False compensates the predictor alone
+        skip_corrector: Sequence[int] = (),  # as in UniPC
+        lower_order_final: bool | str = "auto",  # as in UniPC
     ):
         super().__init__(order, variant, corrector, skip_corrector, lower_order_final)
         if isinstance(dc_order, bool) or not isinstance(dc_order, int) or not 1 <= dc_order <= 4:
@@ -226,12 +196,8 @@ class DCSolver(UniPC):
             raise ValueError(f"axis must be time or log_snr, got {axis!r}")
         if ratios is not None and not all(math.isfinite(r) for r in ratios):
             raise ValueError(f"ratios must be finite, got {list(ratios)}")
-        self.ratios, self.dc_order, self.axis, self.made_for = (
-            None if ratios is None else [float(r) for r in ratios],
-            dc_order,
-            axis,
-            times,
-        )
+        self.ratios = None if ratios is None else [float(r) for r in ratios]
+        self.dc_order, self.axis, self.made_for = dc_order, axis, times
 
     def start(self, process, grid, generator=None):
         grid = check_grid(grid)
@@ -241,10 +207,8 @@ class DCSolver(UniPC):
                 f"ratios must have one number a step ({n}), got {len(self.ratios)}: they belong to"
                 " one number of steps"
             )
-        if self.made_for is not None and (
-            len(self.made_for) != n + 1
-            or (grid - torch.tensor(self.made_for, dtype=torch.float64)).abs().max() > 1e-6
-        ):
+        made_for = grid if self.made_for is None else torch.tensor(self.made_for).double()
+        if len(made_for) != n + 1 or (grid - made_for).abs().max() > 1e-6:
             raise ValueError(
                 f"the ratios were found on the times {[round(float(t), 4) for t in self.made_for]},"
                 f" but grid is {[round(t, 4) for t in grid.tolist()]}: search again or use"
@@ -270,29 +234,20 @@ class DCSolver(UniPC):
     def compensate(self, w: Sequence) -> None:
         "Replace the newest prediction, here and in the history that later steps use."
         p = self.past[-1]
-        value = sum(
-            (expand(u, q.x0) if isinstance(u, torch.Tensor) else u) * q.x0
-            for u, q in zip(w, reversed(self.past))
-        ).to(p.x0.dtype)
+        fit = lambda u, y: (expand(u, y) if isinstance(u, torch.Tensor) else u) * y
+        value = sum(fit(u, q.x0) for u, q in zip(w, reversed(self.past))).to(p.x0.dtype)
         new = Prediction.of(p.x, p.t, p.process, x0=value, extra=p.extra)
         self.past, self.history = [*self.past[:-1], new], [*self.history[:-1], new]
 
     def update(self, x, history, s, i, n):
         self.past, w = [*self.past, history[-1]][-self.dc_order - 1 :], None
         if len(self.past) > self.dc_order and i < n:
-            times = [p.t for p in self.past]
-            if not any(isinstance(t, torch.Tensor) for t in times) and times == list(
-                self.times[i - self.dc_order : i + 1]
-            ):
+            times, known = [p.t for p in self.past], list(self.times[i - self.dc_order : i + 1])
+            if not any(isinstance(t, torch.Tensor) for t in times) and times == known:
                 w = self.compensations[i]
             elif self.ratios is not None and self.ratios[i] != 1:
-                w = self.weights(
-                    [
-                        t if self.axis == "time" else self.process.log_snr(t)
-                        for t in reversed(times)
-                    ],
-                    self.ratios[i],
-                )
+                place = (lambda t: t) if self.axis == "time" else self.process.log_snr
+                w = self.weights([place(t) for t in reversed(times)], self.ratios[i])
         if w is not None:
             self.compensate(w)
         return super().update(x, self.history, s, i, n)
@@ -302,16 +257,13 @@ class DCSolver(UniPC):
         self.past = [p.index(idx) for p in self.past]
 
     def tuned(
-        self, ratios: Sequence[float], grid: torch.Tensor
+        self,
+        ratios: Sequence[float],  # one a step
+        grid: torch.Tensor,  # (steps + 1,) the times they belong to
     ) -> DCSolver:  # a new solver that refuses other grids
         "This solver with ratios, and the grid that they belong to."
-        return type(self)(
-            **{
-                **self._init,
-                "ratios": [float(r) for r in ratios],
-                "times": [float(t) for t in grid],
-            }
-        )
+        new = {"ratios": [float(r) for r in ratios], "times": [float(t) for t in grid]}
+        return type(self)(**{**self._init, **new})
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #ed3a4cfa
 def best_ratio(
@@ -324,41 +276,29 @@ def best_ratio(
     degree K in the ratio, its square one of degree 2K."""
     import numpy as np
 
-    V = torch.linalg.inv(
-        torch.tensor(ratios, dtype=torch.float64)[:, None] ** torch.arange(len(ratios))
-    )
+    powers = torch.tensor(ratios, dtype=torch.float64)[:, None] ** torch.arange(len(ratios))
     # coefficients of the residual, each a vector
-    c = V @ (points - target).double().reshape(len(points), -1).cpu()
+    c = torch.linalg.inv(powers) @ (points - target).double().reshape(len(points), -1).cpu()
     gram, K = (c @ c.T).numpy(), len(points) - 1
+    pairs = lambda k: range(max(0, k - K), min(k, K) + 1)
     loss = np.polynomial.Polynomial(
-        [sum(gram[i, k - i] for i in range(max(0, k - K), min(k, K) + 1)) for k in range(2 * K + 1)]
+        [sum(gram[i, k - i] for i in pairs(k)) for k in range(2 * K + 1)]
     )
     if not np.isfinite(loss.coef).all():
         raise ValueError("points and target must be finite")
     roots = loss.deriv().trim(1e-14 * abs(loss.coef).max()).roots()
-    inside = [
-        r
-        for r in roots.real[abs(roots.imag) < 1e-6 * (1 + abs(roots.real))].tolist()
-        if bounds[0] < r < bounds[1]
-    ]
+    real = roots.real[abs(roots.imag) < 1e-6 * (1 + abs(roots.real))].tolist()
+    inside = [r for r in real if bounds[0] < r < bounds[1]]
     return float(min([1.0, *inside, *filter(math.isfinite, bounds)], key=loss))  # ties go to 1
 
 
-def _start(
-    denoiser,
-    solver,
-    x,
-    grid,
-    reference,  # checks, and the reference as a tensor
-):
+def _start(solver, x, grid, reference):  # checks; the times, and the reference as a tensor
     if not isinstance(solver, DCSolver):
         raise TypeError(f"solver must be a DCSolver, got {solver!r}")
     times = check_grid(grid).tolist()
-    ref = (
-        torch.stack([reference(t) for t in times])
-        if callable(reference)
-        else torch.as_tensor(reference)
-    )
+    if callable(reference):
+        reference = torch.stack([reference(t) for t in times])
+    ref = torch.as_tensor(reference)
     if ref.shape != (len(times), *x.shape):
         raise ValueError(
             f"reference must have one state a time, shape {(len(times), *x.shape)}, got"
@@ -366,7 +306,7 @@ def _start(
         )
     return times, ref
 
-
+# %% ../../nbs/solvers/204_dc_solver.ipynb #57e1484e
 def search_ratios(
     # the model, guided or not; differentiable in x where the solver has a corrector
     denoiser: Denoiser,
@@ -389,7 +329,7 @@ def search_ratios(
         raise ValueError(f"iters must not be negative, got {iters}")
     if not bounds[0] <= 1 <= bounds[1]:
         raise ValueError(f"bounds must contain 1, got {bounds}")
-    times, ref = _start(denoiser, solver, x, grid, reference)
+    times, ref = _start(solver, x, grid, reference)
     n, K = len(times) - 1, solver.dc_order
     s = type(solver)(**{**solver._init, "ratios": [1.0] * n, "times": None})
     with warnings.catch_warnings():
@@ -402,28 +342,13 @@ def search_ratios(
         with torch.no_grad():
             new = denoiser(x, t, **cond)
 
-        def branch(
-            ratio,
-            i=i,
-            u=u,
-            x=x,
-            # the step from here at any ratio; histories are replaced, never changed, so a shallow
-            # copy is a branch
-            new=new,
-        ):
-            trial = copy.copy(s)
-            trial.compensations = [
-                *s.compensations[:i],
-                s.weights_at(i, ratio),
-                *s.compensations[i + 1 :],
-            ]
+        def branch(ratio, i=i, u=u, x=x, new=new):  # the step from here at any ratio
+            trial = copy.copy(s)  # histories are replaced, never changed: a shallow copy will do
+            trial.compensations = list(s.compensations)
+            trial.compensations[i] = s.weights_at(i, ratio)
             return trial, trial.advance(new, x, u)
 
-        def loss(
-            ratio,
-            i=i,
-            u=u,  # of the corrected point: one evaluation
-        ):
+        def loss(ratio, i=i, u=u, branch=branch):  # of the corrected point: one evaluation
             trial, y = branch(ratio)
             p = denoiser(y, u, **cond)
             if y.requires_grad and not p.native.requires_grad:
@@ -439,10 +364,8 @@ def search_ratios(
                 points = torch.stack([branch(r)[1] for r in probes])
                 best = best_ratio(points, probes, ref[i + 1], bounds)
                 if s.corrections[i] is None:
-                    before, after = (
-                        (branch(r)[1] - ref[i + 1]).double().square().mean().item()
-                        for r in (1.0, best)
-                    )
+                    off = lambda r, i=i, at=branch: at(r)[1] - ref[i + 1]
+                    before, after = (off(r).double().square().mean().item() for r in (1.0, best))
                 else:
                     before, after = (loss(r).item() for r in (1.0, best))
                     if not after < before:
@@ -467,17 +390,11 @@ def search_ratios(
     return s.ratios
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #a61f03bb
-def _features(
-    nfe,
-    scale,  # (steps, 36): (n / N)^i (w / 12)^j (N / 50)^k, n counted from 1
-):
+def _features(nfe, scale):  # (steps, 36): (n / N)^i (w / 12)^j (N / 50)^k, n counted from 1
     n = torch.arange(1, nfe + 1, dtype=torch.float64) / nfe
-    p = lambda v, k: v ** torch.arange(k, dtype=torch.float64)
-    return (
-        p(n[:, None], 4)[:, :, None, None]
-        * p(torch.tensor(scale / 12.0, dtype=torch.float64), 3)[:, None]
-        * p(torch.tensor(nfe / 50.0, dtype=torch.float64), 3)
-    ).reshape(nfe, 36)
+    p = lambda v, k: torch.as_tensor(v).double() ** torch.arange(k, dtype=torch.float64)
+    by_step, by_scale, by_count = p(n[:, None], 4), p(scale / 12.0, 3), p(nfe / 50.0, 3)
+    return torch.einsum("ni,j,k->nijk", by_step, by_scale, by_count).reshape(nfe, 36)
 
 
 def cpr_fit(

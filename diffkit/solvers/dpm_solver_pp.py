@@ -11,17 +11,14 @@ from collections.abc import Callable
 import torch
 
 from ..core.denoiser import Denoiser, Prediction
-from ..core.process import expand
+from ..core.process import Process, expand
 from ..core.sampling import MultistepSolver, Node, Row, Solver
 
 # %% auto #0
 __all__ = ['DPMSolverPP', 'single_step', 'DPMSingle', 'Threshold', 'threshold', 'sample_adaptive']
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #e42c1a86
-def _weights(
-    h,
-    q,  # J_0, J_1, J_2: integrals of 1, u, u^2/2 against the exponential kernel of rate q
-):
+def _weights(h, q):  # J_0, J_1, J_2: 1, u, u^2/2 integrated against the kernel of rate q
     j0 = -torch.expm1(-q * h)
     j1 = 1 - j0 / (q * h)
     return j0, j1, 0.5 - j1 / (q * h)
@@ -34,14 +31,11 @@ class DPMSolverPP(MultistepSolver):
     def __init__(
         self,
         order: int = 2,  # 1 is DDIM; 2 is the robust choice under guidance; 3 for few, even steps
-        # order 2: "midpoint" (the paper's) or "taylor" ("heun" in diffusers)
-        rule: str = "midpoint",
+        rule: str = "midpoint",  # of order 2: the paper's, or "taylor" (diffusers: "heun")
         form: str = "x0",  # "x0": DPM-Solver++; "eps": DPM-Solver
-        # drop to order 1 towards the end: True, False, or where the last step is over twice the one
-        # before
+        # lower the order at the end; "auto": where the last step is over twice the one before
         lower_order_final: bool | str = "auto",
-        # first steps: "low" (order 1, then 2) or "singlestep" (full order, costs order - 1
-        # evaluations more a step)
+        # first steps: "low" (order 1, then 2), or "singlestep" (order - 1 evaluations more a step)
         start: str = "low",
         sde: bool = False,  # solve the reverse SDE: fresh noise in every step
         # order 3 as published: without the factor 2 of the second derivative
@@ -65,16 +59,9 @@ class DPMSolverPP(MultistepSolver):
             raise ValueError("sde=True needs form='x0', got form='eps'")
         if sde and start == "singlestep":
             raise ValueError("sde=True needs start='low', got start='singlestep'")
-        (
-            self.order,
-            self.rule,
-            self.form,
-            self.lower_order_final,
-            self.warmup,
-            self.sde,
-            self.official,
-            self.noise,
-        ) = (order, rule, form, lower_order_final, start, sde, official, noise)
+        self.order, self.rule, self.form, self.warmup = order, rule, form, start
+        self.lower_order_final, self.sde, self.noise = lower_order_final, sde, noise
+        self.official = official
         self.kind, self.q = form, 2 if sde else 1 if form == "x0" else -1
 
     def start(self, process, grid, generator=None):
@@ -85,11 +72,9 @@ class DPMSolverPP(MultistepSolver):
                 f" form='x0' or end the grid at {process.t_min:.4g}"
             )
         lam = process.log_snr(torch.tensor(times[-3:], dtype=torch.float64)).tolist()
-        self.lower = (
-            lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
-            if self.lower_order_final == "auto" and len(lam) == 3
-            else bool(self.lower_order_final)
-        )
+        self.lower = bool(self.lower_order_final)
+        if self.lower_order_final == "auto" and len(lam) == 3:
+            self.lower = lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
         super().start(process, grid, generator)
 
     def order_at(self, i, n):
@@ -97,9 +82,8 @@ class DPMSolverPP(MultistepSolver):
         return min(k, n - i) if self.lower else k
 
     def evals(self, n_steps):
-        return n_steps + (self.order - 1) * min(self.order - 1, n_steps) * (
-            self.warmup == "singlestep"
-        )
+        more = (self.order - 1) * min(self.order - 1, n_steps)
+        return n_steps + more * (self.warmup == "singlestep")
 
     def first(self, node: Node, target: Node) -> tuple:
         "The linear part a, the factor P of the integral, h, and the noise c of a step."
@@ -107,11 +91,9 @@ class DPMSolverPP(MultistepSolver):
         if q == -1:
             return target.alpha / node.alpha, target.sigma, h, 0.0
         a = target.sigma / node.sigma
-        return (
-            (a, target.alpha, h, 0.0)
-            if q == 1
-            else (a * torch.exp(-h), target.alpha, h, target.sigma * (-torch.expm1(-2 * h)).sqrt())
-        )
+        if q == 1:
+            return a, target.alpha, h, 0.0
+        return a * torch.exp(-h), target.alpha, h, target.sigma * (-torch.expm1(-2 * h)).sqrt()
 
     def row(self, nodes, target, i, n):
         a, P, h, c = self.first(nodes[0], target)
@@ -138,61 +120,42 @@ class DPMSolverPP(MultistepSolver):
         return single_step(denoise, x, t, s, self.process, self.order, self.form, first=new)
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #20da33a2
-def _part(
-    node,
-    process,
-    r,
-    h,  # the node a fraction r into the step
-):
+def _part(node, process, r, h):  # the node a fraction r into the step
     return Node.at(process, process.time(node.lam + r * h))
 
 
-def _move(
-    x,
-    node,
-    target,
-    q,
-    m0,
-    slope=None,
-    midpoint=False,  # x_s = a x + P (J0 m0 + J1 D1)
-):
+def _move(x, node, target, q, m0, slope=None, midpoint=False):  # a x + P (J0 m0 + J1 D1)
     h = target.lam - node.lam
     j0, j1, _ = _weights(h, q)
-    a, P = (
-        (target.alpha / node.alpha, target.sigma)
-        if q == -1
-        else (target.sigma / node.sigma, target.alpha)
-    )
+    a, P = target.sigma / node.sigma, target.alpha
+    if q == -1:
+        a, P = target.alpha / node.alpha, target.sigma
     out = expand(a, x) * x + expand(P * j0, x) * m0
-    return (out if slope is None else out + expand(P * (j0 / 2 if midpoint else j1), x) * slope).to(
-        x.dtype
-    )
+    if slope is not None:
+        out = out + expand(P * (j0 / 2 if midpoint else j1), x) * slope
+    return out.to(x.dtype)
 
 
-def _inner(
-    denoise,
-    t,
-    like,  # call the model at a node's time, as a float where all samples share it
-):
+def _inner(denoise):  # the model at a node's time, as a float where all samples share it
     return lambda y, node: denoise(y, node.t if node.t.ndim else node.t.item())
 
 
 def single_step(
     denoise: Callable,  # (x, t) -> Prediction
     x: torch.Tensor,  # (B, ...) state at t
-    t: torch.Tensor | float,
-    s: torch.Tensor | float,  # from, to
-    process,
-    order: int = 2,
-    form: str = "x0",
+    t: torch.Tensor | float,  # from
+    s: torch.Tensor | float,  # to
+    process: Process,  # the denoiser's
+    order: int = 2,  # evaluations: 1 (DDIM), 2 or 3
+    form: str = "x0",  # "x0": DPM-Solver++; "eps": DPM-Solver
     r: float | None = None,  # inner point of order 2; default 1/2
     first: Prediction | None = None,  # the prediction at (x, t), if it is known
     lower: bool = False,  # return also the embedded step of one order less
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # the state at s; with `lower` both
     """One singlestep update of order 2 or 3. Source: arXiv 2206.00927, algorithms 1 and 2, in
     data form arXiv 2211.01095, algorithm 1."""
     q, node, end = (1 if form == "x0" else -1), Node.at(process, t), Node.at(process, s)
-    call = _inner(denoise, t, x)
+    call = _inner(denoise)
     m0 = (denoise(x, t) if first is None else first).get(form)
     low = _move(x, node, end, q, m0)
     # a step of infinite length stays first order
@@ -204,11 +167,8 @@ def single_step(
     # slope, in units of the whole step
     d1 = (call(_move(x, node, n1, q, m0), n1).get(form) - m0) / r1
     if order == 2:
-        return (
-            (_move(x, node, end, q, m0, d1, midpoint=True), low)
-            if lower
-            else _move(x, node, end, q, m0, d1, midpoint=True)
-        )
+        out = _move(x, node, end, q, m0, d1, midpoint=True)
+        return (out, low) if lower else out
     r2 = 2 / 3
     n2 = _part(node, process, r2, h)
     d2 = (call(_move(x, node, n2, q, m0, r2 * d1), n2).get(form) - m0) / r2
@@ -261,23 +221,16 @@ class Threshold(Denoiser):
             raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         if not max_val > 0:
             raise ValueError(f"max_val must be positive, got {max_val}")
-        self.inner, self.process, self.null, self.stochastic, self.ratio, self.max_val = (
-            denoiser,
-            denoiser.process,
-            denoiser.null,
-            denoiser.stochastic,
-            ratio,
-            max_val,
-        )
+        self.inner, self.ratio, self.max_val = denoiser, ratio, max_val
+        self.process, self.null = denoiser.process, denoiser.null
+        self.stochastic = denoiser.stochastic
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)
-        q = expand(
-            p.x0.abs().flatten(1).float().quantile(self.ratio, 1).clamp(min=self.max_val), x
-        ).to(x.dtype)
-        return Prediction.of(
-            x, t, self.process, x0=p.x0.clamp(-q, q) * (self.max_val / q), extra=p.extra
-        )
+        q = p.x0.abs().flatten(1).float().quantile(self.ratio, 1).clamp(min=self.max_val)
+        q = expand(q, x).to(x.dtype)
+        x0 = p.x0.clamp(-q, q) * (self.max_val / q)
+        return Prediction.of(x, t, self.process, x0=x0, extra=p.extra)
 
 
 def threshold(
@@ -294,14 +247,14 @@ def sample_adaptive(
     denoiser: Denoiser,  # the model, guided or not
     x: torch.Tensor,  # (B, ...) state at `start`
     order: int = 3,  # 2: orders 1 and 2; 3: orders 2 and 3
-    atol: float = 0.0078,
-    rtol: float = 0.05,  # tolerances; atol is 1/256 of the range of images, doubled
-    start: float = 1.0,
-    end: float | None = None,  # times; default end: the process's t_min
-    form: str = "x0",
-    h: float = 0.05,  # form as in DPMSingle; h: first step in log_snr
+    atol: float = 0.0078,  # absolute tolerance: the range [-1, 1] of images over 256
+    rtol: float = 0.05,  # relative tolerance, the authors'
+    start: float = 1.0,  # time of x
+    end: float | None = None,  # time of the result; default: the process's t_min
+    form: str = "x0",  # "x0" or "eps", as in DPMSingle
+    h: float = 0.05,  # first step, in log_snr
     max_evals: int = 2000,  # give up beyond
-    cond: dict | None = None,
+    cond: dict | None = None,  # conditions of the model, e.g. {"label": ...}
 ) -> tuple[torch.Tensor, int]:  # state at `end`, calls of the model
     "Singlestep solver with adaptive steps. Source: arXiv 2206.00927, appendix C."
     if order not in (2, 3):
@@ -312,10 +265,8 @@ def sample_adaptive(
         )
     process, nfe = denoiser.process, 0
     end = process.t_min if end is None else end
-    lam, goal = (
-        float(process.log_snr(min(start, process.t_max))),
-        float(process.log_snr(float(end))),
-    )
+    lam = float(process.log_snr(min(start, process.t_max)))
+    goal = float(process.log_snr(float(end)))
     if not goal < float("inf"):
         raise ValueError(
             f"end must have a finite log_snr, got end={end}; take end={process.t_min or 1e-3}"
@@ -338,32 +289,10 @@ def sample_adaptive(
         s = float(end) if lam + h >= goal - 1e-9 else float(process.time(lam + h))
         # a rejected step keeps its first evaluation
         first = denoise(x, t) if first is None else first
-        hi, lo = single_step(
-            denoise,
-            x,
-            t,
-            s,
-            process,
-            order,
-            form,
-            r=1 / 2 if order == 2 else None,
-            first=first,
-            lower=True,
-        )
-        E = (
-            (
-                (hi - lo)
-                / torch.maximum(
-                    torch.full_like(lo, atol), rtol * torch.maximum(lo.abs(), prev.abs())
-                )
-            )
-            .flatten(1)
-            .square()
-            .mean(1)
-            .sqrt()
-            .max()
-            .item()
-        )
+        inner = 1 / 2 if order == 2 else None
+        hi, lo = single_step(denoise, x, t, s, process, order, form, inner, first, lower=True)
+        allowed = (rtol * torch.maximum(lo.abs(), prev.abs())).clamp(min=atol)
+        E = ((hi - lo) / allowed).flatten(1).square().mean(1).sqrt().max().item()
         if E <= 1:
             x, prev, t, lam, first = hi, lo, s, lam + h, None
         h = 0.9 * h * max(E, 1e-8) ** (-1 / order)

@@ -25,9 +25,8 @@ def ghvb_coefficients(
     arXiv 2307.11118, GHVB and its appendix."""
     _check(order, beta)
     k = torch.arange(order, dtype=torch.float64)
-    return torch.linalg.solve(
-        (-k[None]) ** k[:, None], (1 - (1 - beta) * (-1.0) ** k) / (k + 1)
-    ).tolist()
+    moments = (1 - (1 - beta) * (-1.0) ** k) / (k + 1)
+    return torch.linalg.solve((-k[None]) ** k[:, None], moments).tolist()
 
 
 def _check(order, beta):
@@ -82,19 +81,10 @@ class GHVB(MultistepSolver):
         r = int(number)
         return cls(r, 1.0) if number == r else cls(r + 1, round(number - r, 6))
 
-    # the first step is DDIM's, in the form that is finite at alpha = 0
-    def kind_at(
-        self,
-        order,  # the first step is DDIM's, in the form that is finite at alpha = 0
-    ):
+    def kind_at(self, order):  # the first step is DDIM's, in the form that is finite at alpha = 0
         return "x0" if order == 1 else "eps"
 
-    # finite at sigma = 0: no lower order there
-    def order_at(
-        self,
-        i,
-        n,  # finite at sigma = 0: no lower order there
-    ):
+    def order_at(self, i, n):  # finite at sigma = 0: no lower order there
         return min(self.order, i + 1)
 
     def row(self, nodes, target, i, n):
@@ -105,15 +95,9 @@ class GHVB(MultistepSolver):
         return Row(a, tuple(move * c / self.beta for c in ghvb_coefficients(len(nodes), self.beta)))
 
     def advance(self, new, x, s):
-        # the velocity
-        if self.history:
-            new = Prediction.of(
-                new.x,
-                new.t,
-                new.process,
-                eps=torch.lerp(self.history[-1].eps, new.eps, self.beta),
-                extra=new.extra,
-            )
+        if self.history:  # the velocity takes the place of the prediction
+            v = torch.lerp(self.history[-1].eps, new.eps, self.beta)
+            new = Prediction.of(new.x, new.t, new.process, eps=v, extra=new.extra)
         return super().advance(new, x, s)
 
 # %% ../../nbs/solvers/205_momentum.ipynb #99097491
@@ -129,25 +113,17 @@ class HeavyBall(MultistepSolver):
     ):
         _check(1, beta)
         solver = PLMS(4) if solver is None else solver
-        if (
-            not isinstance(solver, MultistepSolver)
-            or any(
-                getattr(type(solver), f) is not getattr(MultistepSolver, f)
-                for f in ("advance", "update", "correct")
-            )
-            or solver.evals(9) != 9
-        ):
+        own = ("advance", "update", "correct")  # what a mere table leaves as it is
+        table = isinstance(solver, MultistepSolver) and all(
+            getattr(type(solver), f) is getattr(MultistepSolver, f) for f in own
+        )
+        if not table or solver.evals(9) != 9:
             raise TypeError(
                 "solver must be a multistep solver that is nothing but a table, like PLMS() or"
                 f" DPMSolverPP(), got {solver!r}"
             )
-        self.solver, self.beta, self.nesterov, self.order, self.kind = (
-            solver,
-            beta,
-            nesterov,
-            solver.order,
-            solver.kind,
-        )
+        self.solver, self.beta, self.nesterov = solver, beta, nesterov
+        self.order, self.kind = solver.order, solver.kind
 
     def start(self, process, grid, generator=None):
         self.v = None
@@ -176,11 +152,10 @@ class HeavyBall(MultistepSolver):
         g = sum(expand(wk / w, x) * p.get(self.kind) for wk, p in zip(b, reversed(history)))
         self.v = torch.lerp(self.v, g.to(x.dtype), self.beta)
         move = torch.lerp(self.v, g.to(x.dtype), self.beta) if self.nesterov else self.v
-        # a row in another form
-        if self.kind_at(len(b)) != self.kind:
-            move = Prediction.of(x, history[-1].t, self.process, **{self.kind: move}).get(
-                self.kind_at(len(b))
-            )
+        kind = self.kind_at(len(b))
+        if kind != self.kind:  # a row in another form
+            p = Prediction.of(x, history[-1].t, self.process, **{self.kind: move})
+            move = p.get(kind)
         return (expand(a, x) * x + expand(w, x) * move).to(x.dtype)
 
     def reindex(self, idx):
@@ -191,8 +166,8 @@ class HeavyBall(MultistepSolver):
 # %% ../../nbs/solvers/205_momentum.ipynb #dbf8d56b
 def magnitude_score(
     x: torch.Tensor,  # (B, C, H, W) samples or latents
-    mean: torch.Tensor | float,
-    std: torch.Tensor | float,  # of real data, for each channel or for all
+    mean: torch.Tensor | float,  # of real data, for each channel or for all
+    std: torch.Tensor | float,  # the same: standard deviation of real data
     kernel: int = 4,  # side of a block, pixels
     threshold: float = 3.0,  # deviations below which a block counts as 0
 ) -> torch.Tensor:  # (B,)
@@ -204,8 +179,7 @@ def magnitude_score(
         raise ValueError(
             f"kernel must be at most the image's side {min(x.shape[-2:])}, got {kernel}"
         )
-    mean, std = (
-        torch.as_tensor(v, dtype=x.dtype, device=x.device).reshape(-1, 1, 1) for v in (mean, std)
-    )
+    like = dict(dtype=x.dtype, device=x.device)
+    mean, std = (torch.as_tensor(v, **like).reshape(-1, 1, 1) for v in (mean, std))
     m = torch.nn.functional.max_pool2d(((x - mean) / std).abs().amax(1, keepdim=True), kernel)
     return torch.where(m < threshold, 0.0, m).flatten(1).mean(1)
