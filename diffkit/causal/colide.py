@@ -8,8 +8,10 @@ __all__ = ['colide_sigma', 'colide_score', 'colide_profile', 'colide']
 
 # %% ../../nbs/causal/601_colide.ipynb #9e62ec0f
 from collections.abc import Callable
+
 import numpy as np
 import torch
+
 from diffkit.causal.dag import (
     _back,
     _expand,
@@ -93,22 +95,19 @@ def colide(
     variance: str = "equal",  # "equal" (EV) or "unequal" (NV)
     lam: float = 0.05,  # l1 weight, a number or one for each graph of a batch; the paper's value
     threshold: float = 0.3,  # weights up to this are removed at the end
-    s=(1.0, 0.9, 0.8, 0.7),
-    mu=(1.0, 0.1, 0.01, 0.001),  # domain and weight of the score in each stage
-    iters=PAPER["iters"],
-    lr: float = PAPER["lr"],
-    decay: bool = False,  # the paper's schedule; pass **FAST for 12 times fewer steps
-    tol: float = 1e-6,
-    # a stage stops when the objective changes by less than tol between checkpoints
-    checkpoint: int = 1000,
+    s=(1.0, 0.9, 0.8, 0.7),  # domain of the acyclicity function in each stage; the paper's
+    mu=(1.0, 0.1, 0.01, 0.001),  # weight of the score in each stage; the paper's
+    iters=PAPER["iters"],  # of each stage; pass **FAST for a schedule with 12 times fewer
+    lr: float = PAPER["lr"],  # of Adam
+    decay: bool = False,  # lower lr within a stage
+    tol: float = 1e-6,  # a stage stops when the objective changes by less between checkpoints
+    checkpoint: int = 1000,  # iterations between checkpoints
     init: torch.Tensor | None = None,  # (..., d, d) start, e.g. another method's estimate
     # (d, d) mask of background knowledge: 0 forbids an edge; None forbids self-loops only
     allowed: torch.Tensor | None = None,
-    # divide by the geometric mean of the columns' s.d.: the answer no longer depends on a common
-    # unit
-    normalize: bool = False,
+    normalize: bool = False,  # divide by the geometric mean of the columns' s.d.: no common unit
     names: list[str] | None = None,  # of the columns; a DataFrame brings its own
-    progress: bool = False,
+    progress: bool = False,  # show a bar
     callback: Callable | None = None,  # callback(stage, iteration, W) at every checkpoint
 ) -> DagFit:
     """Estimates a linear DAG and its noise scales together. Source: Saboksayr et al. 2024,
@@ -129,15 +128,11 @@ def colide(
                 f"n={t.shape[-2]} samples of d={t.shape[-1]} variables give a singular covariance:"
                 " use lam > 0, or pass cov with a ridge"
             )
-    unit = (
-        C.diagonal(dim1=-2, dim2=-1).log().mean(-1).exp()[..., None, None]
-        if normalize
-        else torch.ones_like(C[..., :1, :1])
-    )
+    unit = torch.ones_like(C[..., :1, :1])
+    if normalize:
+        unit = C.diagonal(dim1=-2, dim2=-1).log().mean(-1).exp()[..., None, None]
 
-    def rule(
-        c,  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
-    ):
+    def rule(c):  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
         xp = torch if torch.is_tensor(c) else np
         sd = xp.sqrt(c.diagonal(0, 1, 2))
         least = xp.amin(sd, 1)[:, None]

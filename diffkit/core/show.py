@@ -164,6 +164,17 @@ def pareto(
     return _finish(ax, xlabel, ylabel, title, log, legend)
 
 # %% ../../nbs/core/008_show.ipynb #7b2790eb
+def _plane(ax, title, lim):  # a bare square of the plane
+    ax.set_aspect("equal")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    if lim:
+        ax.set_xlim(-lim, lim)
+        ax.set_ylim(-lim, lim)
+    return _finish(ax, "", "", title, "", False)
+
+
 def scatter(
     ax,  # axes to draw on
     points,  # (n, 2)
@@ -184,14 +195,7 @@ def scatter(
         else [colors[int(i) % len(colors)] for i in _np(color)]
     )
     ax.scatter(p[:, 0], p[:, 1], s=size, c=c, alpha=alpha, lw=0, label=label, marker=marker)
-    ax.set_aspect("equal")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    if lim:
-        ax.set_xlim(-lim, lim)
-        ax.set_ylim(-lim, lim)
-    return _finish(ax, "", "", title, "", False)
+    return _plane(ax, title, lim)
 
 
 def trajectories(
@@ -209,14 +213,7 @@ def trajectories(
     if ends:
         scatter(ax, p[0], color=colors[5], size=8)
         scatter(ax, p[-1], color=colors[1], size=10, alpha=0.9)
-    ax.set_aspect("equal")
-    ax.set_xticks([])
-    ax.set_yticks([])
-    ax.spines[:].set_visible(False)
-    if lim:
-        ax.set_xlim(-lim, lim)
-        ax.set_ylim(-lim, lim)
-    return _finish(ax, "", "", title, "", False)
+    return _plane(ax, title, lim)
 
 
 def images(
@@ -443,10 +440,12 @@ def show_figure(
     fig,  # a matplotlib figure; panels with free space between them wrap on a narrow screen
     caption: str,  # what to see in it, in a sentence or two; $formulas$ are drawn
     alt: str,  # what is drawn, for a reader who cannot see it
+    photo: bool | None = None,  # not to be inverted in the dark; default: if it holds pictures
 ) -> Shown:  # shown already; its number is that of its place among the page's figures
     "Show a figure with its number, a caption and an alternative text, at twice the resolution."
     _texts(caption, alt)
-    rows, photo = _render(fig, f"figure {_number(caption, keep=False)}")
+    rows, pictures = _render(fig, f"figure {_number(caption, keep=False)}")
+    photo = pictures if photo is None else bool(photo)
     n = _number(caption)
     html = _figure_html(n, caption, _html(rows, alt), photo)
     return Shown(html=html, plain=f"Figure {n}. {caption}")
@@ -458,6 +457,14 @@ def say(
     "Put a sentence with computed numbers into the page."
     text = "\n".join(line.strip() for line in text.strip().split("\n"))
     return Shown(markdown=text, plain=text)
+
+
+def _cell(value):  # a bar would end the cell: in a formula it becomes \vert, elsewhere \|
+    parts = str(value).replace("\n", " ").split("$")
+    for i, part in enumerate(parts):
+        double, single = (r"\Vert ", r"\vert ") if i % 2 else ("|", r"\|")
+        parts[i] = part.replace(r"\|", double).replace("|", single)
+    return "$".join(parts)
 
 
 def table(
@@ -473,7 +480,7 @@ def table(
     number = [
         all(isinstance(r[j], int | float | np.number) for r in rows) for j in range(len(head))
     ]
-    line = lambda cells: "| " + " | ".join(str(c).replace("\n", " ") for c in cells) + " |"
+    line = lambda cells: "| " + " | ".join(map(_cell, cells)) + " |"
     out = [line(head), line("--:" if n else ":--" for n in number)]
     out += [line(map(show, r)) for r in rows]
     text = "\n".join(out) + (f"\n\n*{caption}*" if caption else "")

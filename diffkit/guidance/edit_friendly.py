@@ -27,7 +27,7 @@ from diffkit.core.sampling import (
 # %% auto #0
 __all__ = ['CHAINS', 'noisy_path', 'Noise', 'invert', 'replay', 'ddim_invert', 'edit']
 
-# %% ../../nbs/guidance/307_edit_friendly.ipynb #7fda8000
+# %% ../../nbs/guidance/307_edit_friendly.ipynb #7af0ba4e
 CHAINS = ("independent", "forward")
 
 
@@ -51,31 +51,24 @@ def noisy_path(
         raise ValueError(
             f"chain='forward' needs Gaussian increments, which {process!r} does not have"
         )
-    n = len(grid) - 1
+    n, times = len(grid) - 1, grid.tolist()
     if eps is None:
-        eps = torch.stack(
-            [
-                process.sample_noise(x0.shape, t, generator, dtype=x0.dtype)
-                for t in grid[:-1].tolist()
-            ]
-        ).to(x0)
+        draw = lambda t: process.sample_noise(x0.shape, t, generator, dtype=x0.dtype)
+        eps = torch.stack([draw(t) for t in times[:-1]]).to(x0)
     if eps.shape != (n, *x0.shape):
         raise ValueError(
             f"eps must have shape {(n, *x0.shape)}, one noise a state, got {tuple(eps.shape)}"
         )
     if chain == "independent":
-        return torch.stack([*(process.noise(x0, t, e) for t, e in zip(grid.tolist(), eps)), x0])
+        return torch.stack([*(process.noise(x0, t, e) for t, e in zip(times, eps)), x0])
     nodes, path = Node.at(process, grid), [x0]
     for i in reversed(range(n)):  # from the image towards the noise
-        r = nodes.alpha[i] / nodes.alpha[i + 1]
-        path.append(
-            r.item() * path[-1]
-            + (nodes.sigma[i] ** 2 - (r * nodes.sigma[i + 1]) ** 2).clamp(min=0).sqrt().item()
-            * eps[i]
-        )
+        ratio = nodes.alpha[i] / nodes.alpha[i + 1]
+        var = (nodes.sigma[i] ** 2 - (ratio * nodes.sigma[i + 1]) ** 2).clamp(min=0)
+        path.append(ratio.item() * path[-1] + var.sqrt().item() * eps[i])
     return torch.stack(path[::-1])
 
-# %% ../../nbs/guidance/307_edit_friendly.ipynb #7d1602f4
+# %% ../../nbs/guidance/307_edit_friendly.ipynb #15b347c3
 class Noise(NamedTuple):
     "What a sampler must draw to end in the image: start, noises, and the sampler itself."
 
@@ -85,9 +78,7 @@ class Noise(NamedTuple):
     solver: MultistepSolver  # the update rule that the noises belong to
 
 
-def _noisy(
-    solver,  # a copy of a solver whose draws we can set
-):
+def _noisy(solver):  # a copy of a solver whose draws we can set
     solver = DDIM(1.0) if solver is None else copy.copy(solver)
     if not isinstance(solver, MultistepSolver) or not hasattr(solver, "noise"):
         raise TypeError(
@@ -102,6 +93,11 @@ def _noisy(
     return solver
 
 
+def _repeated(cond, k, B):  # the conditions of k steps at once: k times what has one row a sample
+    rows = lambda v: isinstance(v, torch.Tensor) and v.ndim and len(v) == B
+    return {key: v.repeat(k, *[1] * (v.ndim - 1)) if rows(v) else v for key, v in cond.items()}
+
+# %% ../../nbs/guidance/307_edit_friendly.ipynb #f599666a
 def invert(
     denoiser: Denoiser,  # the model, guided as it will be under the source condition
     x0: torch.Tensor,  # (B, ...) the images
@@ -149,20 +145,9 @@ def invert(
             return
         for i in range(0, n, batch):
             k = min(batch, n - i)
-            many = denoiser(
-                path[i : i + k].flatten(0, 1),
-                torch.tensor(
-                    times[i : i + k], dtype=torch.float64, device=x0.device
-                ).repeat_interleave(B),
-                **{
-                    key: (
-                        v.repeat(k, *[1] * (v.ndim - 1))
-                        if isinstance(v, torch.Tensor) and v.ndim and len(v) == B
-                        else v
-                    )
-                    for key, v in cond.items()
-                },
-            )
+            t = torch.tensor(times[i : i + k], dtype=torch.float64, device=x0.device)
+            x = path[i : i + k].flatten(0, 1)
+            many = denoiser(x, t.repeat_interleave(B), **_repeated(cond, k, B))
             for j, native in enumerate(many.native.unflatten(0, (k, B))):
                 yield Prediction(path[i + j], times[i + j], process, native, many.kind)
 
@@ -177,7 +162,7 @@ def invert(
             states.append(torch.add(mean, z[-1], alpha=c))
     return Noise(torch.stack(states), torch.stack(z), grid, solver)
 
-
+# %% ../../nbs/guidance/307_edit_friendly.ipynb #ad82aa11
 class _Replay(Solver):  # a solver with its noise given, and a residual where it adds none
     def __init__(self, solver, z):
         self.solver, self.z = solver, z
@@ -211,7 +196,7 @@ def replay(
         progress=progress,
     )
 
-# %% ../../nbs/guidance/307_edit_friendly.ipynb #66a6276b
+# %% ../../nbs/guidance/307_edit_friendly.ipynb #032c3aa2
 def ddim_invert(
     denoiser: Denoiser,  # the model
     x0: torch.Tensor,  # (B, ...) the images
@@ -241,8 +226,8 @@ def edit(
     grid: torch.Tensor,  # (N + 1,) decreasing times from noise to data; the paper takes 100 steps
     source: dict | None,  # what the images show; None: nothing is said about them, the model's null
     target: dict,  # what they are to show
-    # guidance scales of inversion and replay; 1 is off; the paper's (3.5, 15) are Stable
-    # Diffusion's
+    # guidance scales of inversion and replay; 1 is off; the official code's (3.5, 15) are for
+    # Stable Diffusion
     scale: tuple[float, float] = (1.0, 3.0),
     # share of the steps left out at the noisy end: 0 changes most, near 1 nothing
     skip: float = 0.36,

@@ -25,12 +25,14 @@ from .apg import ProjectedGuidance
 __all__ = ['MODES', 'register_attention', 'attention_layers', 'perturb_attention', 'PAG', 'pag']
 
 # %% ../../nbs/guidance/303_pag.ipynb #7b5c2c4a
-MODES = {
-    "identity": lambda v: v,  # each token sees itself; this is the paper's
+MODES = {  # what a replaced map makes of the value tokens (B, N, D)
+    # each token sees itself; this is the paper's
+    "identity": lambda v: v,
     # each sees the mean of all (masked ones too)
     "uniform": lambda v: v.mean(-2, keepdim=True).expand_as(v),
+    # nobody sees anything
     "zero": torch.zeros_like,
-}  # nobody sees anything
+}
 
 # %% ../../nbs/guidance/303_pag.ipynb #872161bb
 def _crossed(a, b):
@@ -44,14 +46,8 @@ def _cross():
     )
 
 
-def _torch_values(
-    m,
-    query,
-    key,
-    value,
-    *args,
-    **kwargs,  # nn.MultiheadAttention; masks do not matter to a token that sees itself
-):
+# nn.MultiheadAttention; masks do not matter to a token that sees itself
+def _torch_values(m, query, key, value, *args, **kwargs):
     if _crossed(query, key):
         raise _cross()
     if m.bias_k is not None or m.add_zero_attn:
@@ -61,12 +57,13 @@ def _torch_values(
         )
     E, w, b = m.embed_dim, m.in_proj_weight, m.in_proj_bias
     turn = (lambda z: z.transpose(0, 1)) if query.ndim == 3 and not m.batch_first else (lambda z: z)
-    v = F.linear(
-        value, m.v_proj_weight if w is None else w[2 * E :], None if b is None else b[2 * E :]
-    )
+    weight = m.v_proj_weight if w is None else w[2 * E :]
+    bias = None if b is None else b[2 * E :]
+    v = F.linear(value, weight, bias)
     return turn(v), lambda o: m.out_proj(turn(o))
 
 
+# modules with to_q, to_k, to_v, to_out
 def _projected_values(
     m,
     hidden_states,
@@ -74,7 +71,7 @@ def _projected_values(
     attention_mask=None,
     temb=None,
     context=None,
-    **kwargs,  # to_q, to_k, to_v, to_out
+    **kwargs,
 ):
     if _crossed(hidden_states, encoder_hidden_states) or _crossed(hidden_states, context):
         raise _cross()
@@ -92,13 +89,13 @@ def _projected_values(
             o = f(o)
         if image:
             o = o.transpose(1, 2).reshape(x.shape)
-        return (o + x if getattr(m, "residual_connection", False) else o) / getattr(
-            m, "rescale_output_factor", 1.0
-        )
+        if getattr(m, "residual_connection", False):
+            o = o + x
+        return o / getattr(m, "rescale_output_factor", 1.0)
 
     return m.to_v(h), finish
 
-
+# %% ../../nbs/guidance/303_pag.ipynb #3a030008
 _readers = {nn.MultiheadAttention: _torch_values}
 _verified = weakref.WeakSet()  # layers whose reader has been seen to be right
 
@@ -120,20 +117,15 @@ def register_attention(
     _readers[cls] = values
 
 
-def _reader(
-    m,  # the function that reads a layer, or None
-):
+def _reader(m):  # the function that reads a layer, or None
     for c in type(m).__mro__:
         if c in _readers:
             return _readers[c]
     named = all(getattr(m, k, None) is not None for k in ("to_q", "to_k", "to_v", "to_out"))
-    return (
-        _projected_values
-        if named
-        and not getattr(m, "is_cross_attention", False)
-        and getattr(m, "added_kv_proj_dim", None) is None
-        else None
+    to_text = (
+        getattr(m, "is_cross_attention", False) or getattr(m, "added_kv_proj_dim", None) is not None
     )
+    return _projected_values if named and not to_text else None
 
 # %% ../../nbs/guidance/303_pag.ipynb #68793814
 def attention_layers(
@@ -148,13 +140,8 @@ def attention_layers(
             f"module must be an nn.Module, got {type(module).__name__}: the layers of a plain"
             " function cannot be reached"
         )
-    patterns = (
-        [layers]
-        if isinstance(layers, str)
-        else list(layers)
-        if isinstance(layers, Sequence)
-        else []
-    )
+    several = list(layers) if isinstance(layers, Sequence) else []
+    patterns = [layers] if isinstance(layers, str) else several
     if not patterns or not all(isinstance(p, str) and p for p in patterns):
         raise ValueError(
             f"layers must be a pattern or several, e.g. 'mid' or ['up.0', 'up.1'], got {layers!r}"
@@ -172,46 +159,39 @@ def attention_layers(
             for k, m in module.named_modules()
             if "attention" in type(m).__name__.lower() and not any(_reader(c) for c in m.modules())
         ]
-        raise ValueError(
-            (
+        if found:
+            why = (
                 f"layers: {', '.join(map(repr, lost))} picks no self-attention; there is"
                 f" {', '.join(found)}"
-                if found
-                else (
-                    "the network holds no self-attention layer of a known kind; a plain function"
-                    " hides its layers: pass the nn.Module"
-                )
             )
-            + (
+        else:
+            why = (
+                "the network holds no self-attention layer of a known kind; a plain function"
+                " hides its layers: pass the nn.Module"
+            )
+        if other:
+            why += (
                 f". Not self-attention of a known kind: {', '.join(other[:20])}; see"
                 " register_attention"
-                if other
-                else ""
             )
-        )
+        raise ValueError(why)
     return [k for k in found if any(hit(p, k) for p in patterns)]
 
-# %% ../../nbs/guidance/303_pag.ipynb #a5eef32a
-def _verify(
-    m,
-    name,
-    read,
-    args,
-    kwargs,  # equal tokens: the output of any attention map is that of the value path
-):
+# %% ../../nbs/guidance/303_pag.ipynb #3a03000a
+# equal tokens: the output of any attention map is that of the value path
+def _verify(m, name, read, args, kwargs):
     x = args[0] if args else next(v for v in kwargs.values() if isinstance(v, torch.Tensor))
     # dropout would differ from call to call
     if m in _verified or m.training or not x.numel() or torch.compiler.is_compiling():
         return
     keep = [1] if x.ndim == 4 else [x.ndim - 1]  # channels
-    equal = lambda v: (
-        v.mean([d for d in range(v.ndim) if d not in keep], keepdim=True).expand_as(v)
-        if isinstance(v, torch.Tensor)
-        and v.ndim == x.ndim
-        and v.shape[:-1] == x.shape[:-1]
-        and v.is_floating_point()
-        else v
-    )
+
+    def equal(v):
+        alike = isinstance(v, torch.Tensor) and v.ndim == x.ndim and v.shape[:-1] == x.shape[:-1]
+        if not (alike and v.is_floating_point()):
+            return v
+        return v.mean([d for d in range(v.ndim) if d not in keep], keepdim=True).expand_as(v)
+
     args, kwargs = [equal(a) for a in args], {k: equal(a) for k, a in kwargs.items()}
     with torch.no_grad():
         want = m.forward(*args, **kwargs)
@@ -231,10 +211,11 @@ def _verify(
         )
     _verified.add(m)
 
-
+# %% ../../nbs/guidance/303_pag.ipynb #a5eef32a
 @contextmanager
 def _hooked(module, names, mode, strength):
-    mix, me, reached = MODES[mode] if isinstance(mode, str) else mode, threading.get_ident(), set()
+    mix = MODES[mode] if isinstance(mode, str) else mode
+    me, reached = threading.get_ident(), set()
 
     def hook_of(name, read):
         def hook(m, args, kwargs, out):
@@ -302,14 +283,15 @@ class PAG(ProjectedGuidance):
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        scale: float | torch.Tensor | Callable,
-        damage: Callable,
+        denoiser: Denoiser,  # the model to guide
+        scale: float | torch.Tensor | Callable,  # s, 0 is off
+        damage: Callable,  # module -> context manager in which it is worse
+        # classifier-free guidance beside it, 1 is off; None: only PAG
         cfg_scale: float | torch.Tensor | Callable | None = None,
-        uncond: dict | None = None,
-        interval: tuple[float, float] = (0.0, 1.0),
-        shaper: Callable | None = None,
-        batched: bool = True,
+        uncond: dict | None = None,  # for cfg_scale: a negative prompt; default: the model's null
+        interval: tuple[float, float] = (0.0, 1.0),  # times between which PAG is on
+        shaper: Callable | None = None,  # shapes PAG's direction, e.g. APG(eta=0.)
+        batched: bool = True,  # with cfg_scale: one doubled call where possible
     ):
         super().__init__(denoiser, scale, shaper, uncond, interval, batched)
         self.damage, self.cfg_scale = damage, cfg_scale
@@ -317,15 +299,12 @@ class PAG(ProjectedGuidance):
             self.null_cond({})  # raises where unconditional is not known
 
     def forward(self, x, t, **cond):
-        if (
-            self.cfg_scale is None
-            or isinstance(self.cfg_scale, (int, float))
-            and self.cfg_scale == 1
-        ):
+        w = self.cfg_scale
+        if w is None or isinstance(w, (int, float)) and w == 1:
             c, directions = self.inner(x, t, **cond), []
         else:
             c, u = self.branch(x, t, cond, self.null_cond(cond))
-            directions = [((c, u), self.scale_at(t, x, self.cfg_scale) - 1, None)]
+            directions = [((c, u), self.scale_at(t, x, w) - 1, None)]
         if self.active(t):
             with self.damage(self.inner) as reached:
                 bad = self.inner(x, t, **cond)
@@ -338,7 +317,7 @@ class PAG(ProjectedGuidance):
             directions.append(((c, bad), self.scale_at(t, x), self.memory(cond)))
         return guide(c, directions) if directions else c
 
-
+# %% ../../nbs/guidance/303_pag.ipynb #3a03000d
 def pag(
     denoiser: Denoiser,  # the model to guide
     # s, 0 is off; a number, one a sample, or a function of time; the papers' defaults are about 3
@@ -377,11 +356,8 @@ def pag(
             f"scale={scale}: a negative scale guides towards the damaged model", stacklevel=2
         )
     _check_mode(mode, strength)
-    damage = (
-        layers
-        if callable(layers)
-        else partial(
-            _hooked, names=attention_layers(denoiser, layers), mode=mode, strength=strength
-        )
-    )
+    damage = layers
+    if not callable(layers):
+        names = attention_layers(denoiser, layers)
+        damage = partial(_hooked, names=names, mode=mode, strength=strength)
     return PAG(denoiser, scale, damage, cfg_scale, uncond, interval, shaper, batched)

@@ -38,8 +38,9 @@ def saved_bytes(
 
     class Kept:
         def __init__(self, t):
-            self.t, s = t, t.untyped_storage()
-            self.key, self.size = s.data_ptr(), 0 if s.data_ptr() in skip else s.nbytes()
+            s = t.untyped_storage()
+            self.t, self.key = t, s.data_ptr()
+            self.size = 0 if self.key in skip else s.nbytes()
             times[self.key] = times.get(self.key, 0) + 1
             if times[self.key] == 1:
                 Book.now += self.size
@@ -53,7 +54,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda k: k.t):
         yield Book
 
-# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #f9e52b3c
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #fad88a66
 class RhoField(nn.Module):
     """Right side of dz/drho = eps(alpha z, t(rho)), z = x / alpha, rho = sigma / alpha. Source:
     arXiv 2307.10711."""
@@ -72,17 +73,17 @@ class RhoField(nn.Module):
             )
         self.denoiser, self.cond, self.dtype = denoiser, cond or {}, dtype
 
-    def node(self, rho: torch.Tensor | float) -> tuple[float, float, float]:
+    def node(
+        self,
+        rho: torch.Tensor | float,  # noise-to-signal ratio, positive
+    ) -> tuple[float, float, float]:  # time, alpha, sigma
         "Time, alpha and sigma that belong to rho."
         rho = float(rho.detach() if isinstance(rho, torch.Tensor) else rho)
         if not rho > 0:
             raise ValueError(f"rho must be positive, got {rho}")
-        t = self.denoiser.process.time(-math.log(rho))
-        return (
-            float(t),
-            float(self.denoiser.process.alpha(t)),
-            float(self.denoiser.process.sigma(t)),
-        )
+        p = self.denoiser.process
+        t = p.time(-math.log(rho))
+        return float(t), float(p.alpha(t)), float(p.sigma(t))
 
     def forward(
         self,
@@ -90,13 +91,13 @@ class RhoField(nn.Module):
         z: torch.Tensor,  # (B, ...) the state divided by alpha
         # (t, alpha, sigma) where they are known; rho is not looked at then
         node: tuple | None = None,
-    ) -> torch.Tensor:  # (B, ...)
+    ) -> torch.Tensor:  # (B, ...) dz/drho
         t, alpha, sigma = node or self.node(rho)
         p = self.denoiser((alpha * z).to(self.dtype or z.dtype), t, **self.cond)
         p.know(alpha, sigma)
         return p.eps.to(z.dtype)
 
-# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #f2954360
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #f9e52b3c
 class Tableau(NamedTuple):
     """A Runge-Kutta method: stages at the fractions c of a step, made with the rows A, combined
     with the weights b."""
@@ -123,14 +124,14 @@ def rk_step(
     state: tuple,  # tensors that are integrated together
     h: float,  # length of the step, with its sign
     nodes: list,  # what f is told about the stages' times
-    method: Tableau,
+    method: Tableau,  # one of METHODS, or another explicit one
 ) -> tuple:  # the state after the step
     "One explicit Runge-Kutta step; `weight` is h b_j, for quantities that f only adds up."
 
     def plus(row):
         return tuple(
-            y + sum(h * w * k for w, k in zip(row, ks) if w) if any(row) else y
-            for y, ks in zip(state, zip(*slopes) if slopes else [()] * len(state))
+            u + sum(h * w * k for w, k in zip(row, ks) if w) if any(row) else u
+            for u, ks in zip(state, zip(*slopes) if slopes else [()] * len(state))
         )
 
     slopes = []
@@ -138,15 +139,14 @@ def rk_step(
         slopes.append(f(plus(row), node, h * b))
     return plus(method.b)
 
-# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #3789eb5c
-# what grid and process determine, as plain numbers: first-order jumps where rho is infinite or
-# zero, stage times in between
-class _Plan:
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #f2954360
+class _Plan:  # what grid and process determine, as plain numbers
     def __init__(self, process, times, method, denoise_last):
         g = Node.at(process, torch.tensor(times, dtype=torch.float64))
-        lo, hi, self.head, self.tail = 0, len(times) - 1, None, None
+        lo, hi = 0, len(times) - 1
+        self.head = self.tail = None  # jumps where rho is infinite or zero: (time, a, b)
 
-        def jump(i, j):
+        def jump(i, j):  # a first-order step: x -> a x + b x0
             r = first_order(g.take(i), g.take(j))
             return times[i], float(r.a), float(r.b[0])
 
@@ -156,30 +156,22 @@ class _Plan:
             self.tail, hi = jump(hi - 1, hi), hi - 1
         elif g.sigma[-1] > 0 and denoise_last:
             self.tail = times[-1], 0.0, 1.0
-        t, rho, c = (
-            g.t[lo : hi + 1],
-            (g.sigma / g.alpha)[lo : hi + 1],
-            torch.tensor(method.c, dtype=torch.float64),
-        )
+        t, rho = g.t[lo : hi + 1], (g.sigma / g.alpha)[lo : hi + 1]
+        c = torch.tensor(method.c, dtype=torch.float64)
 
-        def nodes(
-            a,
-            b,  # of the stages between the grid's points a and b
-        ):
+        def nodes(a, b):  # (time, alpha, sigma) of the stages between the grid's points a and b
             if not len(a):
                 return []  # the grid is nothing but jumps
             r = rho[a, None] + c * (rho[b] - rho[a])[:, None]
-            # the grid's own times where a stage stands on it
-            u = torch.where(
-                c == 0, t[a, None], torch.where(c == 1, t[b, None], process.time(-r.log()))
-            )
+            u = torch.where(c == 1, t[b, None], process.time(-r.log()))
+            u = torch.where(c == 0, t[a, None], u)  # the grid's own times where a stage is on it
             return torch.stack([u, process.alpha(u), process.sigma(u)], -1).tolist()
 
         left, right = torch.arange(hi - lo), torch.arange(1, hi - lo + 1)
         self.h, self.down, self.up = rho.diff().tolist(), nodes(left, right), nodes(right, left)
         self.alpha = float(g.alpha[lo]), float(g.alpha[hi])
 
-
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #50b0c237
 class _Slot(int):
     "Stands for a tensor in a nest of conditions."
 
@@ -190,15 +182,10 @@ def _map(f, nest):
     return type(nest)(_map(f, v) for v in nest) if type(nest) in (list, tuple) else f(nest)
 
 
-class _Run:  # one sampling run: how to walk down, and how to carry a gradient back up
+class _Run:  # one sampling run: what it is made of, and how to walk down
     def __init__(self, denoiser, x, times, cond, params, method, gradient, states, denoise_last):
-        self.denoiser, self.params, self.method, self.gradient, self.keep_all = (
-            denoiser,
-            params,
-            method,
-            gradient,
-            states == "stored" or gradient == "exact",
-        )
+        self.denoiser, self.params, self.method, self.gradient = denoiser, params, method, gradient
+        self.keep_all = states == "stored" or gradient == "exact"
         self.plan, self.leaves = _Plan(denoiser.process, times, method, denoise_last), []
 
         def take(v):
@@ -207,30 +194,21 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
             self.leaves.append(v)
             return _Slot(len(self.leaves) - 1)
 
-        self.cond, self.leaves, self.n_cond = _map(take, cond), self.leaves, len(self.leaves)
+        self.cond = _map(take, cond)
+        self.n_cond = len(self.leaves)
         # sums over steps are never in half precision
-        self.dtype, self.work, kind = (
-            x.dtype,
-            torch.promote_types(x.dtype, torch.float32),
-            x.device.type,
-        )
-        # a cast cached without grad would cut the graph
+        self.dtype, self.work = x.dtype, torch.promote_types(x.dtype, torch.float32)
+        kind = x.device.type
         self.autocast = dict(
             device_type=kind,
             dtype=torch.get_autocast_dtype(kind),
             enabled=torch.is_autocast_enabled(kind),
-            cache_enabled=False,
+            cache_enabled=False,  # a cast cached without grad would cut the graph
         )
 
-    def field(
-        self,
-        leaves,  # the ODE's right side, and the jump, with these tensors as conditions
-    ):
-        f = RhoField(
-            self.denoiser,
-            _map(lambda v: leaves[v] if isinstance(v, _Slot) else v, self.cond),
-            self.dtype,
-        )
+    def field(self, leaves):  # the ODE's right side, and the jump, with these as conditions
+        cond = _map(lambda v: leaves[v] if isinstance(v, _Slot) else v, self.cond)
+        f = RhoField(self.denoiser, cond, self.dtype)
 
         def eps(z, node):
             with torch.autocast(**self.autocast):
@@ -238,111 +216,106 @@ class _Run:  # one sampling run: how to walk down, and how to carry a gradient b
 
         def jump(x, t, a, b):
             with torch.autocast(**self.autocast):
-                return a * x + b * self.denoiser(x.to(self.dtype), t, **f.cond).x0.to(x.dtype)
+                return a * x + b * self.denoiser(x.to(self.dtype), t, **cond).x0.to(x.dtype)
 
         return eps, jump
 
-    def down(
-        self,
-        x,
-        leaves,
-        keep_all=False,  # -> the sample, the states that the way back needs
-    ):
+    def down(self, x, leaves, keep_all=False):  # -> sample, states that the way back needs
         (eps, jump), p = self.field(leaves), self.plan
+        slope = lambda s, node, _: (eps(s[0], node),)
         x = x.to(self.work)
         z = (jump(x, *p.head) if p.head else x) / p.alpha[0]
         states = [z]
         for h, nodes in zip(p.h, p.down):
-            (z,) = rk_step(lambda s, node, _: (eps(s[0], node),), (z,), h, nodes, self.method)
+            (z,) = rk_step(slope, (z,), h, nodes, self.method)
             states = [*states, z] if keep_all else [z]
         x = p.alpha[1] * z
         return (jump(x, *p.tail) if p.tail else x).to(self.dtype), states
 
-    def up(
-        self,
-        x,
-        states,
-        tensors,
-        v,  # gradient v at the sample -> gradients at x and at the tensors
-    ):
-        cond = [c.detach().requires_grad_() for c in tensors[: self.n_cond]]
-        wrt, total, p = [*cond, *self.params], [None] * len(tensors), self.plan
-        eps, jump = self.field(cond)
-        known, stop, looked = (
-            {id(w) for w in (*wrt, *self.denoiser.parameters())},
-            {w.grad_fn for w in wrt if w.grad_fn is not None},
-            [],
-        )
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #edec3c6b
+def _unlisted(y, known, stop):  # leaves in the graph of y that require grad, beyond the known
+    seen, todo = set(stop), [y.grad_fn]
+    while todo:
+        n = todo.pop()
+        if n is None or n in seen:
+            continue
+        seen.add(n)
+        todo += [m for m, _ in n.next_functions]
+        if (v := getattr(n, "variable", None)) is not None and id(v) not in known:
+            yield v
 
-        def vjp(
-            f,
-            z,
-            a,
-            # f(z), its vector-Jacobian product with a; the share of the tensors is added to the
-            # total
-            weight=1.0,
-        ):
-            with torch.enable_grad():
-                z = z.detach().requires_grad_()
-                y = f(z)
-            if not y.requires_grad:
-                return y, torch.zeros_like(z)
-            if not looked:  # once
-                for w in _unlisted(y, {*known, id(z)}, stop):
-                    warnings.warn(
-                        f"a tensor of shape {tuple(w.shape)} inside the denoiser requires grad but"
-                        " is not among params: it gets no gradient",
-                        stacklevel=2,
-                    )
-                looked.append(True)
-            g, *more = torch.autograd.grad(y, [z, *(wrt if weight else ())], a, allow_unused=True)
-            for i, d in enumerate(more):
-                if d is not None:
-                    d = d.to(torch.promote_types(d.dtype, torch.float32))
-                    total[i] = d * weight if total[i] is None else total[i].add_(d, alpha=weight)
-            return y.detach(), torch.zeros_like(z) if g is None else g
 
-        def augmented(
-            s,
-            node,
-            weight,  # d(z, a)/drho = (eps, -a deps/dz); the tensors' gradient is a plain integral
-        ):
-            e, g = vjp(lambda z: eps(z, node), *s, -weight)
-            return e, -g
+class _Gradients:  # products of a with derivatives; the shares of the tensors wrt are summed
+    def __init__(self, denoiser, wrt):
+        self.wrt, self.total, self.looked = wrt, [None] * len(wrt), False
+        self.known = {id(w) for w in (*wrt, *denoiser.parameters())}
+        self.stop = {w.grad_fn for w in wrt if w.grad_fn is not None}
 
-        a, z, drift = v.to(self.work), states[-1], torch.zeros((), dtype=self.work, device=v.device)
-        if p.tail:
-            a = vjp(lambda y: jump(y, *p.tail), p.alpha[1] * z, a)[1]
-        a = a * p.alpha[1]
-        for i in reversed(range(len(p.h))):
-            if self.gradient == "exact":
-                y, a = vjp(
-                    lambda y, i=i: rk_step(
-                        lambda s, node, _: (eps(s[0], node),), (y,), p.h[i], p.down[i], self.method
-                    )[0],
-                    states[i],
-                    a,
-                )
-                drift = torch.maximum(
-                    drift, (y - states[i + 1]).norm() / states[i + 1].norm().clamp(min=1e-30)
-                )
-            else:
-                z, a = rk_step(
-                    augmented,
-                    (states[i + 1] if self.keep_all else z, a),
-                    -p.h[i],
-                    p.up[i],
-                    self.method,
-                )
-        a = a / p.alpha[0]
-        if p.head:
-            a = vjp(lambda y: jump(y, *p.head), x.to(self.work), a)[1]
-        if not drift < 0.01:
-            raise RuntimeError(
-                "the denoiser gave another result on the way back (relative difference"
-                f" {drift.item():.2g}): it is random, or was changed; use gradient='backprop'"
+    def look(self, y, z):  # once
+        self.looked = True
+        for w in _unlisted(y, {*self.known, id(z)}, self.stop):
+            warnings.warn(
+                f"a tensor of shape {tuple(w.shape)} inside the denoiser requires grad but"
+                " is not among params: it gets no gradient",
+                stacklevel=3,
             )
-        return a.to(self.dtype), [None if g is None else g.to(w.dtype) for g, w in zip(total, wrt)]
+
+    def vjp(self, f, z, a, weight=1.0):  # -> f(z), its vector-Jacobian product with a
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            y = f(z)
+        if not y.requires_grad:
+            return y, torch.zeros_like(z)
+        if not self.looked:
+            self.look(y, z)
+        wrt = self.wrt if weight else ()
+        g, *more = torch.autograd.grad(y, [z, *wrt], a, allow_unused=True)
+        for i, d in enumerate(more):
+            if d is None:
+                continue
+            d = d.to(torch.promote_types(d.dtype, torch.float32))
+            if self.total[i] is None:
+                self.total[i] = d * weight
+            else:
+                self.total[i].add_(d, alpha=weight)
+        return y.detach(), torch.zeros_like(z) if g is None else g
+
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #3789eb5c
+def _way_back(run, x, states, tensors, v):  # gradient v at the sample -> at x, at the tensors
+    p = run.plan
+    cond = [c.detach().requires_grad_() for c in tensors[: run.n_cond]]
+    sums = _Gradients(run.denoiser, [*cond, *run.params])
+    eps, jump = run.field(cond)
+    slope = lambda s, node, _: (eps(s[0], node),)
+
+    def augmented(s, node, weight):  # d(z, a)/drho = (eps, -J' a); the tensors' is an integral
+        e, g = sums.vjp(lambda z: eps(z, node), *s, -weight)
+        return e, -g
+
+    a, z = v.to(run.work), states[-1]
+    drift = torch.zeros((), dtype=run.work, device=v.device)
+    if p.tail:
+        a = sums.vjp(lambda u: jump(u, *p.tail), p.alpha[1] * z, a)[1]
+    a = a * p.alpha[1]
+    for i in reversed(range(len(p.h))):
+        if run.gradient == "exact":
+            step = lambda u, i=i: rk_step(slope, (u,), p.h[i], p.down[i], run.method)[0]
+            y, a = sums.vjp(step, states[i], a)
+            moved = (y - states[i + 1]).norm() / states[i + 1].norm().clamp(min=1e-30)
+            drift = torch.maximum(drift, moved)
+        else:
+            z = states[i + 1] if run.keep_all else z
+            z, a = rk_step(augmented, (z, a), -p.h[i], p.up[i], run.method)
+    a = a / p.alpha[0]
+    if p.head:
+        a = sums.vjp(lambda u: jump(u, *p.head), x.to(run.work), a)[1]
+    if not drift < 0.01:
+        raise RuntimeError(
+            "the denoiser gave another result on the way back (relative difference"
+            f" {drift.item():.2g}): it is random, or was changed; use gradient='backprop'"
+        )
+    grads = [None if g is None else g.to(w.dtype) for g, w in zip(sums.total, sums.wrt)]
+    return a.to(run.dtype), grads
 
 
 class _Adjoint(torch.autograd.Function):
@@ -358,32 +331,11 @@ class _Adjoint(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, v):
         x, *saved = ctx.saved_tensors
-        a, grads = ctx.run.up(x, saved[: ctx.n], saved[ctx.n :], v)
+        a, grads = _way_back(ctx.run, x, saved[: ctx.n], saved[ctx.n :], v)
         return None, a, *grads
 
-
-def _unlisted(
-    y,
-    known,
-    stop,  # tensors in the graph of y that require grad and that nobody asked about
-):
-    seen, todo = set(stop), [y.grad_fn]
-    while todo:
-        n = todo.pop()
-        if n is None or n in seen:
-            continue
-        seen.add(n)
-        todo += [m for m, _ in n.next_functions]
-        if (v := getattr(n, "variable", None)) is not None and id(v) not in known:
-            yield v
-
-
-def _refuse(
-    denoiser,
-    x,
-    times,
-    cond,  # what isn't one function of (x, t) in both passes
-):
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #7a178833
+def _refuse(denoiser, x, times, cond):  # what isn't one function of (x, t) in both passes
     if denoiser.stochastic:
         raise ValueError(
             "the denoiser draws noise of its own, so that the way back would see another function:"
@@ -395,26 +347,39 @@ def _refuse(
                 f"dropout is on in {name!r} (p={m.p}), so that the way back would see another"
                 " network: call denoiser.eval(), or use gradient='backprop'"
             )
-    # it may keep a history: look whether that matters
-    if any(
-        type(m).start is not Denoiser.start for m in denoiser.modules() if isinstance(m, Denoiser)
-    ):
-        some, ask = (
-            times[:-1][:: max(1, len(times) // 8)],
-            lambda t: denoiser(x.detach(), t, **cond).native,
-        )
-        with torch.no_grad():
+    inner = [m for m in denoiser.modules() if isinstance(m, Denoiser)]
+    if all(type(m).start is Denoiser.start for m in inner):
+        return
+    # one that has a `start` may keep a history: look whether that matters
+    some = times[:-1][:: max(1, len(times) // 8)]
+    ask = lambda t: denoiser(x.detach(), t, **cond).native
+    with torch.no_grad():
+        denoiser.start()
+        for t, a in [(t, ask(t)) for t in some]:
             denoiser.start()
-            for t, a in [(t, ask(t)) for t in some]:
-                denoiser.start()
-                if not torch.allclose(a, ask(t), rtol=1e-2, atol=1e-4, equal_nan=True):
-                    raise ValueError(
-                        "the denoiser keeps a history of its trajectory, but an ODE's right side"
-                        " depends on x and t alone: switch the memory off (apg(beta=0.)), or use"
-                        " gradient='backprop'"
-                    )
+            if not torch.allclose(a, ask(t), rtol=1e-2, atol=1e-4, equal_nan=True):
+                raise ValueError(
+                    "the denoiser keeps a history of its trajectory, but an ODE's right side"
+                    " depends on x and t alone: switch the memory off (apg(beta=0.)), or use"
+                    " gradient='backprop'"
+                )
 
 
+def _checked_params(denoiser, params):  # a list of different tensors that require grad
+    if params is None:
+        params = [p for p in denoiser.parameters() if p.requires_grad]
+    params = list(params)
+    for i, p in enumerate(params):
+        if not isinstance(p, torch.Tensor):
+            raise TypeError(f"params[{i}] must be a tensor, got {type(p).__name__}")
+        if not p.requires_grad:
+            raise ValueError(
+                f"params[{i}] of shape {tuple(p.shape)} does not require grad: call"
+                " requires_grad_() on it, or leave it out"
+            )
+    return list({id(p): p for p in params}.values())
+
+# %% ../../nbs/solvers/207_adjoint_dpm.ipynb #1fb120df
 def adjoint_sample(
     denoiser: Denoiser,  # the model, guided or not
     x: torch.Tensor,  # (B, ...) state at grid[0]
@@ -446,37 +411,14 @@ def adjoint_sample(
     times = check_run(denoiser, DDIM(), x, grid, cond)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    params = (
-        [p for p in denoiser.parameters() if p.requires_grad] if params is None else list(params)
-    )
-    for i, p in enumerate(params):
-        if not isinstance(p, torch.Tensor):
-            raise TypeError(f"params[{i}] must be a tensor, got {type(p).__name__}")
-        if not p.requires_grad:
-            raise ValueError(
-                f"params[{i}] of shape {tuple(p.shape)} does not require grad: call"
-                " requires_grad_() on it, or leave it out"
-            )
-    params = list({id(p): p for p in params}.values())
+    params, cond = _checked_params(denoiser, params), cond or {}
     if gradient != "backprop":
-        _refuse(denoiser, x, times, cond or {})
+        _refuse(denoiser, x, times, cond)
     denoiser.start(torch.tensor(times, dtype=torch.float64))
-    run = _Run(
-        denoiser,
-        x,
-        times,
-        cond or {},
-        params,
-        METHODS[method] if isinstance(method, str) else method,
-        gradient,
-        states,
-        denoise_last,
-    )
-    if (
-        gradient == "backprop"
-        or not torch.is_grad_enabled()
-        or not any(t.requires_grad for t in (x, *run.leaves, *params))
-    ):
+    tableau = METHODS[method] if isinstance(method, str) else method
+    run = _Run(denoiser, x, times, cond, params, tableau, gradient, states, denoise_last)
+    wanted = any(t.requires_grad for t in (x, *run.leaves, *params))
+    if gradient == "backprop" or not torch.is_grad_enabled() or not wanted:
         out = run.down(x, run.leaves)[0]
     else:
         out = _Adjoint.apply(run, x, *run.leaves, *params)

@@ -59,26 +59,20 @@ CLOCKS = {  # basis -> the clock as a function of log_snr
 _X, _W = (torch.from_numpy(v) for v in np.polynomial.legendre.leggauss(16))
 
 
-def _panels(
-    a,
-    b,
-    cuts,  # split every interval [a_i, b_i] at the cuts inside: (owner, from, to) of each panel
-):
+def _panels(a, b, cuts):  # intervals [a_i, b_i], split at the cuts inside: (owner, from, to) each
     first, last = torch.searchsorted(cuts, a, right=True), torch.searchsorted(cuts, b)
     count = last - first + 1
     owner = torch.repeat_interleave(torch.arange(len(a), device=a.device), count)
     # number of the panel within its interval
     k = torch.arange(len(owner), device=a.device) - (count.cumsum(0) - count)[owner]
     cut = lambda j: cuts[(first[owner] + j).clamp(0, len(cuts) - 1)]
-    return (
-        owner,
-        torch.where(k == 0, a[owner], cut(k - 1)),
-        torch.where(k == count[owner] - 1, b[owner], cut(k)),
-    )
+    begin = torch.where(k == 0, a[owner], cut(k - 1))
+    end = torch.where(k == count[owner] - 1, b[owner], cut(k))
+    return owner, begin, end
 
 
 def lagrange_integrals(
-    process: Process,
+    process: Process,  # gives time as a function of log_snr
     nodes: list[Node],  # newest first; fields of shape () or (m,)
     target: Node,  # end of the step that begins at nodes[0]
     basis: str = "t",  # clock of the polynomial: one of CLOCKS
@@ -87,47 +81,31 @@ def lagrange_integrals(
     """Integrals of the Lagrange polynomials over a step, exact to rounding. Source: arXiv
     2204.13902, the coefficients C_ij of tAB-DEIS, here for any form and clock."""
     f, clock, k = FORMS[form], CLOCKS[basis], len(nodes)
-    stack = lambda name: torch.stack(
-        torch.broadcast_tensors(*(getattr(v, name) for v in (*nodes, target))), -1
-    )
+    field = lambda name: [getattr(v, name) for v in (*nodes, target)]
+    stack = lambda name: torch.stack(torch.broadcast_tensors(*field(name)), -1)
     lam = stack("lam")
     u, shape = stack("t") if basis == "t" else clock(lam, process), lam.shape[:-1]
     lam, u = lam.reshape(-1, k + 1).contiguous(), u.reshape(-1, k + 1)
-    # a polynomial in q itself
-    if basis == f.clock:
+    if basis == f.clock:  # a polynomial in q itself: one panel a step
         owner, a, b = torch.arange(len(u), device=u.device), u[:, 0], u[:, -1]
     else:
         cuts = torch.arange(-60.0, 61.0, 2.0, dtype=lam.dtype)
-        # a schedule from a table has a kink at every training step
-        if basis == "t" and process.n_train:
-            cuts = (
-                torch.cat(
-                    [
-                        cuts,
-                        process.log_snr(
-                            torch.arange(1, process.n_train, dtype=lam.dtype) / process.n_train
-                        ),
-                    ]
-                )
-                .sort()
-                .values
-            )
+        if basis == "t" and process.n_train:  # a table has a kink at every training step
+            times = torch.arange(1, process.n_train, dtype=lam.dtype) / process.n_train
+            cuts = torch.cat([cuts, process.log_snr(times)]).sort().values
         owner, a, b = _panels(lam[:, 0].contiguous(), lam[:, -1].contiguous(), cuts.to(lam))
+    # Gauss points z and weights w of each panel
     half = (b - a)[:, None] / 2
     z, w = a[:, None] + half * (1 + _X.to(half)), half * _W.to(half)
     if basis != f.clock:
         z, w = clock(z, process), w * f.rate(z)
+    # the Lagrange polynomials at these points: (panels, points, k)
     d, same = u[owner, None, :k], torch.eye(k, dtype=torch.bool, device=u.device)
-    # (panels, points, k)
-    ell = torch.where(
-        same,
-        1.0,
-        (z[..., None] - d)[..., None, :]
-        / torch.where(same, 1.0, d[..., :, None] - d[..., None, :]),
-    ).prod(-1)
-    return (
-        u.new_zeros(len(u), k).index_add_(0, owner, (w[..., None] * ell).sum(1)).reshape(*shape, k)
-    )
+    above = (z[..., None] - d)[..., None, :]
+    below = torch.where(same, 1.0, d[..., :, None] - d[..., None, :])
+    ell = torch.where(same, 1.0, above / below).prod(-1)
+    each = (w[..., None] * ell).sum(1)
+    return u.new_zeros(len(u), k).index_add_(0, owner, each).reshape(*shape, k)
 
 # %% ../../nbs/solvers/202_deis.ipynb #4d737fc5
 class DEIS(MultistepSolver):
@@ -162,44 +140,34 @@ class DEIS(MultistepSolver):
             raise ValueError(
                 f"max_gain must be at least 1 (a step of order 1 has gain 1), got {max_gain!r}"
             )
-        self.order, self.basis, self.lower_order_final, self.max_gain = (
-            order,
-            basis,
-            lower_order_final,
-            max_gain,
-        )
+        self.order, self.basis = order, basis
+        self.lower_order_final, self.max_gain = lower_order_final, max_gain
         self.kind = form or ("flow" if basis == "flow" else "eps")
 
     def start(self, process, grid, generator=None):
         first = float(torch.as_tensor(grid).flatten()[0])
-        if (
-            0 <= first <= 1
-            and float(process.alpha(first)) == 0
-            and (self.kind == "eps" or self.basis in ("rho", "log_rho"))
-        ):
+        needs_rho = self.kind == "eps" or self.basis in ("rho", "log_rho")
+        if 0 <= first <= 1 and float(process.alpha(first)) == 0 and needs_rho:
             raise ValueError(
                 f"basis={self.basis!r} with form={self.kind!r} cannot begin at t={first:.4g}, where"
                 f" alpha is 0 and rho infinite: use basis='flow' or begin at {process.t_max:.4g}"
             )
-        self.caps = {}
+        self.caps = {}  # steps whose order is limited
         super().start(process, grid, generator)
-        while self.max_gain and (
-            over := [
-                i
-                for i, r in enumerate(self.rows)
-                if sum(map(abs, r.b)) > self.max_gain * abs(sum(r.b)) * (1 + 1e-9)
-                and self.orders[i] > 1
-            ]
-        ):
+        while over := self._over():
             self.caps |= {i: self.orders[i] - 1 for i in over}
             super().start(process, grid, generator)
 
+    def _over(self):  # steps whose gain is too large
+        if not self.max_gain:
+            return []
+        limit = self.max_gain * (1 + 1e-9)
+        large = lambda b: sum(map(abs, b)) > limit * abs(sum(b))
+        return [i for i, r in enumerate(self.rows) if self.orders[i] > 1 and large(r.b)]
+
     def order_at(self, i, n):
-        k = (
-            min(self.order, i + 1)
-            if self.basis == FORMS[self.kind].clock
-            else super().order_at(i, n)
-        )
+        own = self.basis == FORMS[self.kind].clock  # then no step is infinite
+        k = min(self.order, i + 1) if own else super().order_at(i, n)
         return min(k, self.caps.get(i, k), n - i if self.lower_order_final else k)
 
     def row(self, nodes, target, i, n):
@@ -207,31 +175,24 @@ class DEIS(MultistepSolver):
         a = f.S(target) / f.S(nodes[0])
         if len(nodes) == 1:
             return Row(a, (f.P(target) - a * f.P(nodes[0]),))
-        return Row(
-            a,
-            (
-                f.S(target)[..., None]
-                * lagrange_integrals(self.process, nodes, target, self.basis, self.kind)
-            ).unbind(-1),
-        )
+        c = lagrange_integrals(self.process, nodes, target, self.basis, self.kind)
+        return Row(a, (f.S(target)[..., None] * c).unbind(-1))
 
 
 def deis_coefficients(
-    process: Process,
+    process: Process,  # whose alpha and sigma
     grid: torch.Tensor,  # (steps + 1,) decreasing times
-    order: int = 4,
-    basis: str = "t",
-    form: str | None = None,  # as in DEIS
+    order: int = 4,  # as in DEIS, like basis and form
+    basis: str = "t",  # clock of the polynomial
+    form: str | None = None,  # what is extrapolated
 ) -> torch.Tensor:  # (steps, order) float64, newest prediction first; unused entries are 0
     """The weights c_j of all steps: x_s = S_s / S_t x_t + S_s sum_j c_j m_j; in the eps form S
     is alpha."""
     s = DEIS(order, basis, form, max_gain=None)
     s.start(process, grid)
     rows = torch.tensor([[*r.b, *[0.0] * (order - len(r.b))] for r in s.rows], dtype=torch.float64)
-    return (
-        rows
-        / FORMS[s.kind].S(Node.at(process, torch.tensor(s.times[1:], dtype=torch.float64)))[:, None]
-    )
+    targets = Node.at(process, torch.tensor(s.times[1:], dtype=torch.float64))
+    return rows / FORMS[s.kind].S(targets)[:, None]
 
 # %% ../../nbs/solvers/202_deis.ipynb #00f66c33
 # name -> (rows of a below the diagonal, b); the number is the order, and here also the number of
@@ -266,36 +227,26 @@ class RhoRK(Solver):
             raise ValueError(f"tableau must be one of {', '.join(TABLEAUX)}, got {tableau!r}")
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        (self.a, self.b), self.form, self.evals_per_step = (
-            TABLEAUX[tableau],
-            form,
-            len(TABLEAUX[tableau][1]),
-        )
+        self.a, self.b = TABLEAUX[tableau]
+        self.form, self.evals_per_step = form, len(self.b)
 
     def step(self, denoise, x, t, s):
-        f, node, end, p = (
-            FORMS[self.form],
-            Node.at(self.process, t),
-            Node.at(self.process, s),
-            denoise(x, t),
-        )
+        f, node, end = FORMS[self.form], Node.at(self.process, t), Node.at(self.process, s)
+        p = denoise(x, t)
         if (end.sigma == 0).any() or (node.alpha == 0).any():
             a, (b,), _ = first_order(node, end)
             return (expand(a, x) * x + expand(b, x) * p.x0).to(x.dtype)
         S, q, ms = f.S(node), f.P(node) / f.S(node), [p.get(self.form)]
         h = f.P(end) / f.S(end) - q
 
-        def move(to, row):
-            return (
-                expand(f.S(to) / S, x) * x
-                + sum(expand(f.S(to) * h * w, x) * m for w, m in zip(row, ms) if w)
-            ).to(x.dtype)
+        def move(to, row):  # the state at the node `to`, with the weights of a row
+            moved = sum(expand(f.S(to) * h * w, x) * m for w, m in zip(row, ms) if w)
+            return (expand(f.S(to) / S, x) * x + moved).to(x.dtype)
 
         for row in self.a:
-            at = (
-                end
-                if abs(sum(row) - 1) < 1e-12
-                else Node.at(self.process, self.process.time(f.log_snr(q + sum(row) * h)))
-            )
+            if abs(sum(row) - 1) < 1e-12:
+                at = end
+            else:
+                at = Node.at(self.process, self.process.time(f.log_snr(q + sum(row) * h)))
             ms.append(denoise(move(at, row), at.t if at.t.ndim else at.t.item()).get(self.form))
         return move(end, self.b)
