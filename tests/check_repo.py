@@ -6,6 +6,7 @@ which JupyterLab folds the cells that the site folds, and the cell that installs
 a notebook is opened in Colab."""
 
 import filecmp
+import hashlib
 import json
 import re
 import shutil
@@ -89,13 +90,16 @@ def unclean(path: Path) -> list[str]:  # what is wrong with a saved notebook
     return bad
 
 
+COLAB = "# only where the package is missing and this is Colab"
+
+
 def colab_cell() -> (
     dict
 ):  # installs the package, in Colab only; the address is that of settings.ini
     cfg = ConfigParser(delimiters=["="])
     cfg.read(ROOT / "settings.ini", encoding="utf-8")
     source = f"""#| hide
-# only where the package is missing and this is Colab
+{COLAB}
 import importlib.util
 import subprocess
 import sys
@@ -114,7 +118,10 @@ def has_code(nb: dict) -> bool:
 def tidy_notebooks() -> None:  # the metadata that `folded` asks for, and the cell for Colab
     for p in notebooks():
         nb = json.loads(p.read_text(encoding="utf-8"))
-        nb["cells"] = [c for c in nb["cells"] if c["id"] != "c01ab000"]
+        nb["cells"] = [c for c in nb["cells"] if COLAB not in "".join(c["source"])]
+        for c in nb["cells"]:  # an editor may give the name of that cell to another one
+            if c["id"] == "c01ab000":
+                c["id"] = hashlib.sha1("".join(c["source"]).encode()).hexdigest()[:8]
         if has_code(nb):
             nb["cells"].insert(1, colab_cell())
         for c in nb["cells"]:

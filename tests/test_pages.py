@@ -13,7 +13,6 @@ NOTEBOOKS = {
     for p in sorted((ROOT / "nbs").rglob("*.ipynb"))
     if ".ipynb_checkpoints" not in p.relative_to(ROOT).parts
 }
-TODO = set((ROOT / "tests" / "page_todo.txt").read_text().split())  # not yet in this form
 PAPERS = [s for s in NOTEBOOKS if re.match(r"[1-9]\d\d_", s) and s[1:3] not in ("00", "99")]
 WALL = 20  # lines of a cell that may stand open between the text and its figure
 EXPORT = 130  # lines of an exported cell of several names; one class may have more
@@ -61,13 +60,7 @@ class Page:
 
 @pytest.fixture(params=sorted(NOTEBOOKS))
 def page(request):
-    if request.param in TODO:
-        pytest.xfail("this page is not yet in the new form")
     return Page(request.param)
-
-
-def test_only_known_notebooks_are_left_to_do():
-    assert TODO <= NOTEBOOKS.keys()
 
 
 def test_what_is_long_is_folded_behind_a_sentence(page):
@@ -130,17 +123,3 @@ def test_a_paper_is_introduced(page):
     assert any("paper_box(" in s for s in code), "no paper box"
     assert re.search(r"^## What the paper reports$", page.prose(), re.M)
     assert "notation.ipynb" in page.prose(), "no link to the page of notation and terms"
-
-
-@pytest.mark.parametrize("stem", sorted(TODO))
-def test_what_is_left_to_do_is_really_left(stem):
-    page, checks = (
-        Page(stem),
-        [f for n, f in globals().items() if n.startswith("test_") and "_left" not in n],
-    )
-    for check in checks:
-        try:
-            check(page)
-        except AssertionError:
-            return
-    raise AssertionError(f"{stem} is in the new form: take it off tests/page_todo.txt")

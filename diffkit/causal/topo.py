@@ -25,6 +25,7 @@ from diffkit.causal.dag import (
     _number,
     _order,
     _psd,
+    _singular,
     _square,
     _table,
     _whole,
@@ -448,7 +449,7 @@ def topo(
     flat = C.reshape(-1, d, d)
     if not len(flat):
         raise ValueError(f"the batch holds no graph: got shape {tuple(C.shape)}")
-    if not own and torch.linalg.cholesky_ex(flat)[1].any():
+    if not own and _singular(flat).any():
         raise ValueError(
             "the covariance is singular (a column may be a combination of others): use lam > 0 (a"
             " ridge), or drop the column"

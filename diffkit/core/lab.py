@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCALES', 'CLAIM_MIME', 'VERDICTS', 'scale', 'pick', 'steps', 'device',
-           'seed_everything', 'Spread', 'repeat', 'verdict', 'Claim', 'claim', 'not_tried', 'root',
+__all__ = ['SCALES', 'SEED_SET', 'CLAIM_MIME', 'VERDICTS', 'scale', 'pick', 'steps', 'device',
+           'seed_set', 'shifted', 'seeds', 'generator', 'seed_everything', 'Spread', 'repeat',
+           'Verdict', 'verdict', 'exact', 'all_hold', 'Claim', 'claim', 'not_tried', 'root',
            'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic', 'run_one', 'run']
 
 # %% ../../nbs/core/009_lab.ipynb #888cce00
@@ -62,6 +63,44 @@ def device():  # -> torch.device
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
+# %% ../../nbs/core/009_lab.ipynb #dea3ef75
+SEED_SET = 1_000_000  # seeds from here on have been moved already
+
+
+def seed_set() -> int:  # 0: the published seeds
+    "The set of seeds of this run, from the environment variable DIFFKIT_SEED_SET."
+    s = os.environ.get("DIFFKIT_SEED_SET", "0")
+    if not s.isdecimal() or int(s) > 4000:
+        raise ValueError(f"DIFFKIT_SEED_SET must be a whole number from 0 to 4000, got {s!r}")
+    return int(s)
+
+
+def shifted(
+    seed: int,  # a seed as it is written on a page, or one that has been moved already
+) -> int:
+    "The seed of this run's set that belongs to a seed of the page."
+    seed = int(seed)
+    return seed + SEED_SET * seed_set() if 0 <= seed < SEED_SET else seed
+
+
+def seeds(
+    n: int,  # how many
+    start: int = 0,  # the first one, on the page
+) -> range:
+    "Seeds of an experiment: independent, and moved all together by DIFFKIT_SEED_SET."
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}")
+    return range(shifted(start), shifted(start) + n)
+
+
+def generator(
+    seed: int = 0,  # a seed of the page
+):  # -> torch.Generator on the processor
+    "A generator of torch for a seed of this run's set."
+    import torch
+
+    return torch.Generator().manual_seed(shifted(seed))
+
 
 def seed_everything(
     seed: int = 0,  # seed of all sources of randomness
@@ -71,6 +110,7 @@ def seed_everything(
 
     import torch
 
+    seed = shifted(seed)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -130,17 +170,68 @@ def repeat(
     )
 
 
+class Verdict(str):
+    "A verdict, `yes`, `no` or `open`, that knows what it rests on."
+
+    def __new__(cls, value, basis="", n=0):
+        out = super().__new__(cls, value)
+        out.basis, out.n = basis, n
+        return out
+
+
 def verdict(
-    a,  # values over seeds, or a number
+    a,  # values over independent seeds, or a number
     b,  # values over the same seeds, or a number
-) -> str:  # "yes", "no" or "open"
-    """Is `a < b`? Paired over seeds; `open` while the mean difference is within two standard
-    errors of zero."""
+    margin: float = 0.0,  # ask for a + margin < b; only where the claim itself states a size
+) -> Verdict:  # "yes", "no" or "open"
+    """Is `a < b`? By Student's interval (95 %) of the paired differences; `open` where it holds
+    zero."""
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    d = np.atleast_1d(a - b + margin)
+    if d.ndim > 1:
+        raise ValueError(f"a and b must be one value a seed, got differences of shape {d.shape}")
+    if not np.isfinite(d).all():
+        raise ValueError(f"a and b must be finite, got differences {d}")
+    n, mean = len(d), d.mean()
+    more = f", margin {margin:g}" if margin else ""
+    if n == 1:
+        found = "yes" if mean < 0 else "no" if mean > 0 else "open"
+        return Verdict(found, f"one run{more}", 1)
+    from scipy.stats import t
+
+    half = t.ppf(0.975, n - 1) * d.std(ddof=1) / n**0.5
+    low, high = mean - half, mean + half
+    found = "yes" if high < 0 else "no" if low > 0 else "open"
+    return Verdict(found, f"{n} seeds, difference {mean:.2g} [{low:.2g}, {high:.2g}]{more}", n)
+
+
+def _two_errors(a, b):  # the rule before Student's, until every notebook has the new one
     d = np.atleast_1d(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
     if not np.isfinite(d).all():
         raise ValueError(f"a and b must be finite, got differences {d}")
     bar = 2 * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0.0
     return "yes" if d.mean() < -bar else "no" if d.mean() > bar else "open"
+
+
+def exact(
+    holds: bool,  # what was found
+) -> Verdict:  # "yes" or "no"
+    "The verdict of a comparison without chance: a count, a closed form, a bound of rounding."
+    return Verdict("yes" if holds else "no", "without chance")
+
+
+def all_hold(
+    *verdicts: str,  # of the parts of a claim
+) -> Verdict:
+    "A claim of several comparisons: yes if all hold, else open if any is open, else no."
+    if not verdicts:
+        raise ValueError("verdicts must hold at least one, got none")
+    found = "yes" if all(v == "yes" for v in verdicts) else "open" if "open" in verdicts else "no"
+    count = {v: list(verdicts).count(v) for v in ("yes", "open", "no")}
+    said = ", ".join(f"{k} {v}" for v, k in count.items() if k)
+    ns = [n for v in verdicts if (n := getattr(v, "n", 0))]
+    seeds = f", {min(ns)} seeds" if ns else ""
+    return Verdict(found, f"{len(verdicts)} comparisons: {said}{seeds}", min(ns, default=0))
 
 # %% ../../nbs/core/009_lab.ipynb #075add43
 CLAIM_MIME = "application/vnd.diffkit.claim+json"
@@ -158,6 +249,7 @@ class Claim:
         return (
             f"{VERDICTS[r['verdict']]}: {r['says']}"
             + (f"\n  measured: {r['measured']}" if r["measured"] else "")
+            + (f"\n  basis: {r['basis']}" if r.get("basis") else "")
             + (f"\n  paper: {r['paper']}" if r["paper"] else "")
             + (f"\n  note: {r['note']}" if r["note"] else "")
         )
@@ -166,8 +258,8 @@ class Claim:
         r = self.row
         more = "".join(
             f"<br><small><b>{k}</b> {escape(r[k])}</small>"
-            for k in ("measured", "paper", "note")
-            if r[k]
+            for k in ("measured", "basis", "paper", "note")
+            if r.get(k)
         )
         colors = {"yes": "#00805A", "no": "#C75000", "open": "#806000", "untried": "#5b6570"}
         color = colors[r["verdict"]]
@@ -181,10 +273,7 @@ class Claim:
     def bundle(self) -> dict:  # mime type -> data
         return {CLAIM_MIME: self.row, "text/html": self._repr_html_(), "text/plain": repr(self)}
 
-    # `claim` has shown it already, also where it is not a cell's last line
-    def _ipython_display_(
-        self,  # `claim` has shown it already, also where it is not a cell's last line
-    ):
+    def _ipython_display_(self):  # `claim` has shown it already
         pass
 
 
@@ -205,10 +294,10 @@ def claim(
     *,
     paper: str = "",  # the paper's own figure
     note: str = "",  # the reason, where a claim does not hold; what differs from the paper
-    check: bool | str | None = None,  # the verdict computed from the measurement
+    check: str | list | bool | None = None,  # verdict computed from the measurement; a list: all
 ) -> Claim:
     """Put a claim on the scorecard; raises `AssertionError` where the measurement disagrees
-    with `holds` at the quick scale."""
+    with `holds` at the quick scale and on the published seeds."""
     known = [v for v in VERDICTS if v != "untried"]
     if holds not in known:
         raise ValueError(f"holds must be one of {', '.join(known)}, got {holds!r}")
@@ -216,17 +305,21 @@ def claim(
         raise TypeError(
             f"measured must be a string made from the values, got {type(measured).__name__}"
         )
-    found = (
-        holds if check is None else check if isinstance(check, str) else "yes" if check else "no"
-    )
+    if isinstance(check, list | tuple):
+        check = all_hold(*check)
+    if check is None or isinstance(check, str):
+        found = holds if check is None else check
+    else:
+        found = Verdict("yes" if check else "no", "a plain comparison")
     if found not in known:
-        raise ValueError(f"check must be a bool or one of {', '.join(known)}, got {check!r}")
-    if scale() == "quick" and found != holds:
+        raise ValueError(f"check must be a verdict or one of {', '.join(known)}, got {check!r}")
+    if scale() == "quick" and seed_set() == 0 and found != holds:
         raise AssertionError(
             f"the verdict changed: expected {holds!r}, measured {found!r} ({measured}) for the"
             f" claim: {says}"
         )
-    return _post(says=says, measured=measured, holds=holds, verdict=found, paper=paper, note=note)
+    row = dict(says=says, measured=measured, holds=holds, verdict=str(found), paper=paper)
+    return _post(**row, note=note, basis=getattr(found, "basis", ""))
 
 
 def not_tried(
@@ -239,7 +332,8 @@ def not_tried(
     for name, text in (("says", says), ("why", why)):
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{name} must be a sentence, got {text!r}")
-    return _post(says=says, measured="", holds="untried", verdict="untried", paper=paper, note=why)
+    row = dict(says=says, measured="", holds="untried", verdict="untried", paper=paper)
+    return _post(**row, note=why, basis="")
 
 # %% ../../nbs/core/009_lab.ipynb #9a7c069a
 def root() -> Path:
