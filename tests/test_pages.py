@@ -75,6 +75,7 @@ def test_what_is_long_is_folded_behind_a_sentence(page):
         if page.kind(c) == "folded":
             said = re.search(r'^#\| code-summary: "(.+)"$', page.source(c), re.M)
             assert said and len(said[1].split()) > 2, f"folded without a sentence: {first}"
+            assert "`" not in said[1], f"a backtick ends the fence that the site makes: {first}"
 
 
 def test_figures_have_numbers_captions_and_texts(page):

@@ -869,27 +869,25 @@ def has_formulas(page) -> bool:
 def test_every_page_in_a_browser(served, tab):
     base, site, nbs = served
     sources = {p.stem + ".html": p for p in S.read_pages(nbs)}
-    todo = set((ROOT / "tests/page_todo.txt").read_text().split())
     widths = [400, 1400]
     for f in sorted(site.rglob("*.html")):
         name = f.relative_to(site).as_posix()
         if name == "404.html":
             continue  # its links start at the address where the site is published
         source = sources.get(name)
-        old = source is not None and Path(source.src).stem in todo
         widths.reverse()  # pages are loaded at one width and brought to the other
         tab.set_viewport_size({"width": widths[0], "height": 900})
         tab.goto(base + name, wait_until="load")
         seen = tab.evaluate(SEEN)
         assert seen["title"] and seen["h1"] and not seen["twice"], (name, seen)
         assert not seen["raw"] and not seen["broken"] and not seen["fonts"], (name, seen)
-        if not old and name != "core/sample.html":  # the sample has a picture of the plain kind
+        if name != "core/sample.html":  # the sample has a picture of the plain kind
             assert not seen["mute"] and not seen["unnumbered"], (name, seen)
         if source and has_formulas(source):
             assert seen["math"], name
         for width in widths:
             tab.set_viewport_size({"width": width, "height": 900})
-            if width == 1400 and not old:
+            if width == 1400:
                 assert tab.evaluate(SCROLLS) == [], f"{name}: these lines do not fit"
             for theme in ("light", "dark"):
                 where = f"{name} at {width} pixels, {theme}"

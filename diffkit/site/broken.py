@@ -15,7 +15,7 @@ LOADS = (
 )
 IMPORTS = rf"<script\b[^>]*type=.module.[^>]*>(?:(?!</script>).)*?import\b[^;]*?[\"']{AWAY}"
 CSS_LOADS = (rf"url\(\s*[\"']?{AWAY}", rf"@import\s+[\"']{AWAY}")
-ID = r"\s(?:id|name)=[\"']([^\"']+)[\"']"
+ID = r"(?:\sid|<a\b[^>]*\sname)=[\"']([^\"']+)[\"']"  # <meta name="generator"> is no anchor
 LINK = r"<(?:a|link|script|img|source|iframe)\b[^>]*?\s(?:href|src)=[\"']([^\"']*)[\"']"
 
 
