@@ -5,6 +5,7 @@
 # %% ../../nbs/core/009_lab.ipynb #3aeedcff
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 import os
@@ -18,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCALES', 'SEED_SET', 'CLAIM_MIME', 'VERDICTS', 'scale', 'pick', 'steps', 'device',
-           'seed_set', 'shifted', 'seeds', 'generator', 'seed_everything', 'Spread', 'repeat',
-           'Verdict', 'verdict', 'exact', 'all_hold', 'Claim', 'claim', 'not_tried', 'root',
-           'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic', 'run_one', 'run']
+__all__ = ['SCALES', 'SEED_SET', 'CLAIM_MIME', 'VERDICTS', 'MACHINE', 'scale', 'pick', 'steps',
+           'device', 'seed_set', 'shifted', 'seeds', 'generator', 'seed_everything', 'Spread',
+           'repeat', 'Verdict', 'verdict', 'exact', 'all_hold', 'Claim', 'claim', 'not_tried',
+           'root', 'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic', 'run_one',
+           'run']
 
 # %% ../../nbs/core/009_lab.ipynb #888cce00
 SCALES = ("quick", "full", "smoke")
@@ -277,8 +279,12 @@ class Claim:
         pass
 
 
+_rows = []  # of this process, for a run without Jupyter
+
+
 def _post(**row):  # show a row of the scorecard
     row = Claim(**row, scale=scale())
+    _rows.append(row.row)
     if "IPython" in sys.modules:
         from IPython.display import display
 
@@ -413,22 +419,15 @@ def scorecard() -> list[dict]:  # one row a claim, with "slug" and "title" added
     ]
 
 # %% ../../nbs/core/009_lab.ipynb #c0a8032f
-def _key(
-    path,
-    # what a result depends on: the notebook's sources (not its outputs), the package's, the scale
-    scale,
-):
+def _key(path, scale):  # what a result depends on: code, closure, versions, scale
     import hashlib
+    from importlib.metadata import version
 
-    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
-    h = hashlib.sha256(
-        json.dumps(
-            [scale] + ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
-        ).encode()
-    )
-    for p in sorted(Path(find_spec("diffkit").submodule_search_locations[0]).rglob("*.py")):
-        h.update(p.read_bytes())
-    return h.hexdigest()[:16]
+    from diffkit.core.records import code_key
+
+    versions = [version(n) for n in ("torch", "numpy", "matplotlib")]
+    parts = [scale, code_key(path), *versions, *sys.version_info[:2]]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def write_atomic(
@@ -452,71 +451,107 @@ def write_atomic(
         raise
 
 # %% ../../nbs/core/009_lab.ipynb #cf7f9c1c
-def run_one(
-    path: Path,  # notebook
-    scale: str = "quick",  # its size
-    save: Path | None = None,  # where the executed copy goes; None throws it away
-    timeout: int = 3600,  # seconds for one cell
-) -> dict:  # slug, ok, seconds, and on failure cell (1-based, of the code cells), source, error
-    "Execute one notebook in a kernel of its own."
+MACHINE = "from diffkit.core.records import machine\nprint(machine())"
+
+
+def _error(name, text, code, k, trace=""):  # how a failure is told: the cell is 1-based
+    clean = lambda s: re.sub(r"\x1b\[[0-9;]*m", "", s)
+    said = dict(ok=False, cell=k + 1, source=code[k], error=f"{name}: {clean(text)}")
+    return said | dict(traceback=clean(trace))
+
+
+def _by_kernel(path, env, save, timeout, go_on):
     import nbformat
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
-    path, start = Path(path), time.monotonic()
     nb = nbformat.read(path, 4)
     for c in nb.cells:
         if c.cell_type == "code":
             c.outputs, c.execution_count = [], None
-    out = dict(slug=path.stem, path=str(path), scale=scale, ok=True, claims=[])
-    client = NotebookClient(
-        nb,
-        timeout=timeout,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(path.parent)}},
-    )
+    nb.cells.append(nbformat.v4.new_code_cell(MACHINE))
+    where = {"metadata": {"path": str(path.parent)}}
+    how = dict(timeout=timeout, kernel_name="python3", resources=where, allow_errors=go_on)
+    out, failure = {}, None
     try:
-        client.execute(
-            env={
-                **os.environ,
-                "DIFFKIT_SCALE": scale,
-                "PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore"),
-            }
-        )
+        NotebookClient(nb, **how).execute(env=env)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as e:
-        code = [c for c in nb.cells if c.cell_type == "code"]
-        k = next(
-            (
-                i
-                for i, c in enumerate(code)
-                if any(o.get("output_type") == "error" for o in c.outputs)
-            ),
-            next((i for i, c in enumerate(code) if c.execution_count is None), 0),
-        )
-        err = next((o for o in code[k].outputs if o.get("output_type") == "error"), None)
-        clean = lambda s: re.sub(r"\x1b\[[0-9;]*m", "", s)
-        out |= dict(
-            ok=False,
-            cell=k + 1,
-            source=code[k].source,
-            error=(
-                f"{err['ename']}: {clean(err['evalue'])}"
-                if err
-                else f"{type(e).__name__}: {clean(str(e))[:500]}"
-            ),
-            traceback=clean("\n".join(err["traceback"])) if err else "",
-        )
-    out["claims"] = [
-        o["data"][CLAIM_MIME]
-        for c in nb.cells
-        for o in c.get("outputs", [])
-        if CLAIM_MIME in o.get("data", {})
-    ]
-    out["seconds"] = round(time.monotonic() - start, 1)
+        failure = e
+    cells = [c for c in nb.cells if c.cell_type == "code"]
+    last, code = cells[-1], [c.source for c in cells]
+    errors = lambda c: [o for o in c.outputs if o.get("output_type") == "error"]
+    bad = [k for k, c in enumerate(cells) if errors(c)]
+    if failure is not None:
+        broke = (k for k, c in enumerate(cells) if c.execution_count is None)
+        k = bad[0] if bad else next(broke, 0)
+        name, text, trace = type(failure).__name__, str(failure)[:500], ""
+        if bad:
+            first = errors(cells[k])[0]
+            name, text, trace = first["ename"], first["evalue"], "\n".join(first["traceback"])
+        out = _error(name, text, code, k, trace)
+    rows = [o["data"] for c in cells for o in c.outputs if CLAIM_MIME in o.get("data", {})]
+    said = "".join(o.get("text", "") for o in last.outputs if o.get("output_type") == "stream")
+    nb.cells.pop()
     if save:
         Path(save).parent.mkdir(parents=True, exist_ok=True)
         write_atomic(save, nbformat.writes(nb))
-    return out
+    machine = ast.literal_eval(said.strip() or "{}")
+    return out | dict(claims=[r[CLAIM_MIME] for r in rows], failed=len(bad), machine=machine)
+
+
+def _script(path, go_on, result):  # in a process of its own: cells one after the other
+    import traceback
+
+    from diffkit.core.records import machine
+
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    os.chdir(Path(path).parent)
+    space, out, failed = sys.modules["__main__"].__dict__, {}, 0
+    for k, source in enumerate(code):
+        plain = re.sub(r"^[%!].*$", "", source, flags=re.M)
+        try:
+            exec(compile(plain, f"cell {k + 1}", "exec"), space)
+        except Exception as e:
+            failed += 1
+            out = out or _error(type(e).__name__, str(e), code, k, traceback.format_exc())
+            if not go_on:
+                break
+    out = ({} if go_on else out) | dict(claims=_rows, failed=failed, machine=machine())
+    write_atomic(result, json.dumps(out))
+
+
+def _by_script(path, env, save, timeout, go_on):
+    import subprocess
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as tmp:
+        result = Path(tmp) / "result.json"
+        args = f"{str(path)!r}, {go_on}, {str(result)!r}"
+        call = f"from diffkit.core.lab import _script; _script({args})"
+        here = dict(capture_output=True, text=True, env=env, timeout=timeout)
+        done = subprocess.run([sys.executable, "-c", call], **here)
+        if result.is_file():
+            return json.loads(result.read_text())
+    failed = _error("the process ended", done.stderr[-2000:], [""], 0)
+    return failed | dict(claims=[], failed=1, machine={})
+
+
+def run_one(
+    path: Path,  # notebook
+    scale: str = "quick",  # its size
+    save: Path | None = None,  # where the executed copy goes; None throws it away
+    timeout: int = 3600,  # seconds for one cell; without Jupyter, for all
+    seed_set: int = 0,  # other seeds than the published ones; then errors don't stop the run
+) -> dict:  # slug, ok, seconds, and on failure cell (1-based, of the code cells), source, error
+    "Execute one notebook in a kernel of its own, or as a script where Jupyter is missing."
+    path, start = Path(path).resolve(), time.monotonic()
+    env = os.environ | {"DIFFKIT_SCALE": scale, "DIFFKIT_SEED_SET": str(seed_set)}
+    env.setdefault("PYTHONWARNINGS", "ignore")
+    out = dict(slug=path.stem, path=str(path), scale=scale, ok=True)
+    run = _by_kernel if find_spec("nbclient") and find_spec("ipykernel") else _by_script
+    out |= run(path, env, save, timeout, seed_set > 0)
+    return out | {"seconds": round(time.monotonic() - start, 1)}
 
 # %% ../../nbs/core/009_lab.ipynb #01235fc3
 def run(
@@ -558,6 +593,10 @@ def run(
         row = run_one(path, scale, save=out / f"{path.stem}.ipynb")
         if row["ok"]:
             write_atomic(done, json.dumps(row))  # a failure is tried again next time
+            if scale == "full" and root() in path.resolve().parents:
+                from diffkit.core.records import keep_full
+
+                keep_full(path, row)
         return row
 
     rows, bar = [], tqdm(total=len(paths), disable=not progress, desc=f"notebooks ({scale})")
