@@ -252,6 +252,24 @@ BESIDE = {  # what a project has beside its notebooks
     "settings.ini": "[DEFAULT]\nuser = someone\ngit_url = https://github.com/%(user)s/project\n"
     "branch = main\ndoc_baseurl = /project\n",
     "tests/core/test_sample.py": "",
+    "records/replication/201_paper.json": json.dumps(
+        {
+            "notebook": "201_paper",
+            "sets": {
+                "1": {"code": "old", "verdicts": {"It is better": ["no", "0"]}},
+                "2": {"code": "old", "verdicts": {"It is better": ["open", "0"]}},
+            },
+        }
+    ),
+    "records/full/201_paper.json": json.dumps(
+        {
+            "notebook": "201_paper",
+            "code": "old",
+            "device": "a card",
+            "date": "2026-01-02",
+            "verdicts": {"It is better": ["yes", "0.2 against 0.3"]},
+        }
+    ),
     "diffkit/data/papers.json": json.dumps(
         [
             record("201", "paper", "solvers", "The Full Title of a Paper"),
@@ -545,6 +563,15 @@ def test_scorecard(sample):
     assert "Why: no video model" in seen
     notebook_page = read(sample, "solvers/paper.html")
     assert "as shown in Jupyter" not in notebook_page and notebook_page.count("dk-claim ") == 5
+
+
+def test_other_seeds_and_full_size(sample):
+    card = text(read(sample, "scorecard.html"))
+    page = text(read(sample, "solvers/paper.html"))
+    said = "yes, unlike the quick run: 0.2 against 0.3 (a card, 2026-01-02, older code)"
+    assert "1 of 2 (older code)" in card and said in card
+    assert "the same verdict on 1 of 2 (older code) sets that nobody chose" in page and said in page
+    assert "2 · Solvers 1 4 3 1 0 1 0 of 1" in card  # of the firm verdicts none on all sets
 
 
 def test_overview(sample):

@@ -140,6 +140,36 @@ def read_page(path: Path, nbs: Path) -> Page:
     return p
 
 
+def with_records(p: Page, root: Path) -> Page:
+    "Say of each claim what other seeds and a run at full size said, where that was kept."
+    name = posixpath.basename(p.src).removesuffix(".ipynb")
+    kept = {}
+    for kind in ("replication", "full"):
+        file = root / "records" / kind / f"{name}.json"
+        if p.claims and file.is_file():
+            kept[kind] = json.loads(file.read_text(encoding="utf-8"))
+    if not kept:
+        return p
+    from diffkit.core.records import code_key
+
+    code = code_key(root / "nbs" / p.src)
+    for c in p.claims:
+        says = c.get("says")
+        sets = [r for r in kept.get("replication", {}).get("sets", {}).values()]
+        sets = [r for r in sets if says in r["verdicts"]]
+        if sets and c.get("verdict") != "untried":
+            found = [r["verdicts"][says][0] for r in sets]
+            old = any(r["code"] != code for r in sets)
+            c["other seeds"] = dict(n=len(sets), same=found.count(c.get("verdict")), old=old)
+        full = kept.get("full", {})
+        if says in full.get("verdicts", {}):
+            verdict, measured = full["verdicts"][says]
+            where = {k: full[k] for k in ("device", "date", "seconds") if k in full}
+            c["full size"] = dict(verdict=verdict, measured=measured, old=full["code"] != code)
+            c["full size"] |= where
+    return p
+
+
 def read_pages(nbs: Path) -> list[Page]:
     "Every notebook below `nbs`, index first, then by number."
     files = [
@@ -148,7 +178,7 @@ def read_pages(nbs: Path) -> list[Page]:
         if not any(x.startswith((".", "_")) for x in f.relative_to(nbs).parts)
     ]
     pages = sorted(
-        (read_page(f, nbs) for f in files),
+        (with_records(read_page(f, nbs), nbs.parent) for f in files),
         key=lambda p: (p.src != "index.ipynb", p.number or "999", p.src),
     )
     made = {"overview": "all notebooks", "scorecard": "the scorecard", "api": "all names"}

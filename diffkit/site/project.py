@@ -189,7 +189,16 @@ def cache_key(page: Page, index: Index, own: str) -> str:
     links = [(n, index.href(n, page, "")) for n in known]
     notebooks = [link_notebooks(m.group(0), page, index) for m in NB_LINK.finditer(text)]
     numbers = [(n, p.stem, p.title) for n, p in sorted(index.numbers.items())]
-    key = [own, page.src, page.digest, links, notebooks, page_links(page, index), numbers]
+    key = [
+        own,
+        page.src,
+        page.digest,
+        page.claims,
+        links,
+        notebooks,
+        page_links(page, index),
+        numbers,
+    ]
     key = json.dumps(key)
     return hashlib.sha256(key.encode()).hexdigest()
 

@@ -39,12 +39,38 @@ def verdict_of(c: dict) -> str:
     return c.get("verdict") or c.get("holds") or "open"
 
 
+def other_seeds(c: dict) -> str:
+    "On how many other sets of seeds a claim has its verdict; empty where none were run."
+    r = c.get("other seeds")
+    if not r:
+        return ""
+    return f"{r['same']} of {r['n']}" + (" (older code)" if r["old"] else "")
+
+
+def full_size(c: dict) -> str:
+    "What a run at full size said, in words; empty where there was none."
+    r = c.get("full size")
+    if not r:
+        return ""
+    differs = "" if r["verdict"] == verdict_of(c) else ", unlike the quick run"
+    where = f" ({r.get('device', '')}, {r.get('date', '')}{', older code' if r['old'] else ''})"
+    return f"{r['verdict']}{differs}: {r['measured']}{where}"
+
+
 def claim_html(c: dict, n: int, page: Page, index: Index) -> str:
     "A claim on its notebook's page."
     link = lambda text: inline(str(text), page, index)
     note = "Why" if verdict_of(c) == UNTRIED else "Note"
-    facts = (("Measured", "measured"), ("Paper", "paper"), (note, "note"))
-    rows = "".join(f"<dt>{name}</dt><dd>{link(c[key])}</dd>" for name, key in facts if c.get(key))
+    seeds = other_seeds(c)
+    facts = (
+        ("Measured", c.get("measured")),
+        ("Judged by", c.get("basis")),
+        ("Other seeds", seeds and f"the same verdict on {seeds} sets that nobody chose"),
+        ("Full size", full_size(c)),
+        ("Paper", c.get("paper")),
+        (note, c.get("note")),
+    )
+    rows = "".join(f"<dt>{name}</dt><dd>{link(text)}</dd>" for name, text in facts if text)
     kind = html.escape(verdict_of(c))
     says = link(c.get("says", ""))
     head = f'<div class="dk-claim dk-claim-{kind}" id="claim-{n}">'
@@ -140,7 +166,10 @@ def totals_row(name: str, pages: list[Page]) -> str:
         for v, k in zip(VERDICTS, n)
         if k
     )
-    cells = [name, sum(p.is_paper for p in pages), sum(n[:3]), *n]
+    firm = [c for p in pages for c in p.claims if verdict_of(c) in ("yes", "no")]
+    again = [c["other seeds"] for c in firm if "other seeds" in c]
+    stand = f"{sum(r['same'] == r['n'] for r in again)} of {len(again)}" if again else "–"
+    cells = [name, sum(p.is_paper for p in pages), sum(n[:3]), *n, stand]
     row = "".join(f"<td>{c}</td>" for c in cells)
     return f'<tr>{row}<td class="dk-bar-cell"><div class="dk-bar">{bar}</div></td></tr>'
 
@@ -153,14 +182,20 @@ def claim_row(p: Page, i: int, c: dict) -> str:
         "" if c.get("scale") in (None, "", "quick") else idea(f"{html.escape(c['scale'])} scale")
     )
     said = idea(f"Paper: {inline(str(c['paper']))}") if c.get("paper") else ""
+    basis = idea(f"Judged by: {html.escape(c['basis'])}") if c.get("basis") else ""
     word = "Why" if v == UNTRIED else "Note"
     note = idea(f"{word}: {inline(str(c['note']))}") if c.get("note") else ""
     where = f'href="{p.stem}.html#claim-{i}" title="where this was measured"'
     return (
         f'<tr data-verdict="{v}"><td>{badge(v)}{expected}</td>'
         f'<td><a class="dk-claim-link" {where}>{inline(str(c.get("says", "")))}</a>{said}</td>'
-        f'<td data-label="Measured">{inline(str(c.get("measured", "")))}{scale}{note}</td></tr>'
+        f'<td data-label="Measured">{inline(str(c.get("measured", "")))}{scale}{basis}{note}</td>'
+        f'<td data-label="Other seeds">{html.escape(other_seeds(c))}</td>'
+        f'<td data-label="Full size">{inline(full_size(c))}</td></tr>'
     )
+
+
+CLAIM_HEAD = ["Holds", "Claim", "Measured here", "Other seeds", "Full size"]
 
 
 def paper_claims(p: Page) -> str:
@@ -169,7 +204,7 @@ def paper_claims(p: Page) -> str:
     words = [(yes, "hold"), (no, "do not"), (unsure, "open"), (left, "not tried")]
     said = ", ".join(f"{n} {w}" for n, w in words if n) or "no claims yet"
     rows = [claim_row(p, i, c) for i, c in enumerate(p.claims, 1)]
-    body = table("dk-claims", ["Holds", "Claim", "Measured here"], rows) if rows else ""
+    body = table("dk-claims", CLAIM_HEAD, rows) if rows else ""
     link = f'<p><a href="{p.stem}.html">To the notebook</a></p>'
     name = f'<span class="dk-num">{p.number}</span> {inline(p.title)}'
     summary = f'<summary>{name} <span class="dk-idea">{said}</span></summary>'
@@ -199,7 +234,7 @@ def scorecard(chaps) -> str:
     shown = [(t, f, [p for p in ps if p.is_paper or p.claims]) for t, f, ps in chaps]
     shown = [(t, f, ps) for t, f, ps in shown if ps]
     every = [p for _, _, ps in shown for p in ps]
-    head = ["Chapter", "Papers", "Claims", "Yes", "No", "Open", "Not tried", ""]
+    head = ["Chapter", "Papers", "Claims", "Yes", "No", "Open", "Not tried", "Replicate", ""]
     rows = [totals_row(f'<a href="#{f}">{html.escape(t)}</a>', ps) for t, f, ps in shown]
     totals = table("dk-totals", head, rows, totals_row("All", every))
     buttons = "".join(
@@ -212,8 +247,11 @@ def scorecard(chaps) -> str:
         "A claim is a sentence of a paper. Each row says what was measured in the notebook, at the"
         " small scale that the notebooks are saved at, next to the paper's own figure. *Yes*: it"
         " holds here too. *No*: it does not. *Open*: the difference is within the noise of the"
-        " measurement. *Not tried*: nothing here can measure it, and the row says why. Open a"
-        " paper to see its rows, or choose a verdict to open all that have it.",
+        " measurement. *Not tried*: nothing here can measure it, and the row says why. *Other"
+        " seeds*: on how many sets of seeds that nobody chose the verdict is the same;"
+        " *Replicate* counts the yes and no that are the same on all of them. *Full size*: the"
+        " same on a GPU, where that was run. Open a paper to see its rows, or choose a verdict to"
+        " open all that have it.",
         raw_html(f"{totals}\n{choose}"),
     ]
     for title, folder, ps in shown:
