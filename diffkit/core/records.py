@@ -10,7 +10,6 @@ import ast
 import functools
 import hashlib
 import json
-import os
 import re
 import sys
 from importlib.metadata import PackageNotFoundError, version

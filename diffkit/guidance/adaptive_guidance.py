@@ -575,8 +575,8 @@ class LinearAG(Policy):
             if past:
                 calls.setdefault(t, []).append((past, c, u))
         self.coefficients, self.misfit = {}, {}
+        one = lambda v: _wide(v).flatten().cpu()
         for t, each in calls.items():
-            one = lambda v: _wide(v).flatten().cpu()
             column = lambda get, each=each: torch.cat([one(get(*call)) for call in each])
             cols = [column(lambda past, c, u: c)]
             for k in range(1, len(each[0][0]) + 1):
