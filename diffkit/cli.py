@@ -9,21 +9,31 @@ __all__ = ['COMMANDS', 'list_notebooks', 'run_notebooks', 'replicate_verdicts', 
 
 # %% ../nbs/core/011_cli.ipynb #e84968be
 import difflib
+import os
 import sys
+from pathlib import Path
 
 from fastcore.script import Param, anno_parser, store_true
 
 # %% ../nbs/core/011_cli.ipynb #3eef383e
+def _in_chapter(chapter: str | None) -> dict:  # slug -> path
+    from diffkit.core.lab import notebooks
+
+    every, wanted = notebooks(), chapter and chapter.lower()
+    if wanted and wanted not in (known := sorted({p.parent.name for p in every.values()})):
+        raise ValueError(f"no chapter {chapter!r}; known: {', '.join(known)}")
+    return {s: p for s, p in every.items() if wanted in (None, p.parent.name)}
+
+
+def _names(slugs: list | None) -> list | None:  # in any case; files as they are
+    return [s if Path(s).exists() else s.lower() for s in slugs] if slugs else None
+
+
 def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None):
     "List the notebooks of the course."
-    from diffkit.core.lab import notebooks, title
+    from diffkit.core.lab import title
 
-    found = {s: p for s, p in notebooks().items() if chapter in (None, p.parent.name)}
-    if not found:
-        raise ValueError(
-            f"no chapter {chapter!r}; known:"
-            f" {', '.join(sorted({p.parent.name for p in notebooks().values()}))}"
-        )
+    found = _in_chapter(chapter)
     for slug, path in found.items():
         print(
             f"{path.stem[:3] if path.stem[0].isdigit() else '':3s}  {path.parent.name:10s}"
@@ -48,14 +58,14 @@ def run_notebooks(
 
         if scale != "full":
             raise ValueError(f"minutes belongs to --scale full, got --scale {scale}")
-        chosen = plan(minutes, slugs or None)
+        chosen = plan(minutes, _names(slugs))
         for path, guess in chosen:
             print(f"{path.stem:32s} about {guess / 60:5.1f} minutes")
         slugs = [str(p) for p, _ in chosen]
         if not slugs:
             print(f"nothing without a fresh record fits into {minutes:g} minutes")
             return
-    rows = run(slugs or None, scale=scale, jobs=jobs, backend=backend, out=out)
+    rows = run(_names(slugs), scale=scale, jobs=jobs, backend=backend, out=out)
     bad = [r for r in rows if not r["ok"]]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} notebooks passed at scale {scale}"
@@ -82,7 +92,7 @@ def replicate_verdicts(
     from diffkit.core.records import replicate, replicated
 
     firm = same = 0
-    for stem in replicate(slugs or None, sets=sets, jobs=jobs):
+    for stem in replicate(_names(slugs), sets=sets, jobs=jobs):
         path = find(stem)
         for c in claims(path):
             if c["verdict"] == "untried":
@@ -103,21 +113,22 @@ def train_model(name: Param("name of a model of the zoo", str)):
 
 
 def build_site(
-    dest: Param("folder to write", str) = "_site",
+    dest: Param("folder to write; default: _site", str, nargs="?"),
     serve: Param("serve it on localhost when done", store_true) = False,
     port: Param("port of the server", int) = 8000,
 ):
     "Build the docs site from the notebooks' saved outputs."
     from diffkit.site import build
 
-    build(dest, serve=serve, port=port)
+    build(dest or "_site", serve=serve, port=port)
 
 
 def print_scorecard(chapter: Param("only this chapter", str) = None):
     "Print all claims: verdict, what the paper says, what was measured."
     from diffkit.core.lab import VERDICTS, scorecard
 
-    rows = [r for r in scorecard() if chapter is None or f"/{chapter}/" in r["path"]]
+    kept = {str(p) for p in _in_chapter(chapter).values()}
+    rows = [r for r in scorecard() if any(p.endswith(r["path"]) for p in kept)]
     slug = None
     for r in rows:
         if r["slug"] != slug:
@@ -148,7 +159,20 @@ def main(
 ) -> None:
     "The command `diffkit`."
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["--version"]:
+    try:
+        _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `diffkit scorecard | head`: whoever reads has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"\ndiffkit {argv[0]}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(argv):
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
+    if argv[:1] in (["--version"], ["-V"]):
         import diffkit
 
         print(diffkit.__version__)

@@ -6,25 +6,33 @@
 # %% ../../nbs/core/010_adapters.ipynb #54ab58db
 from __future__ import annotations
 
+import copy
+import difflib
+import functools
 import importlib
+import inspect
+import operator
 from collections.abc import Callable
 
 import torch
 
 from .denoiser import Denoiser, NetDenoiser, Prediction
-from .process import EDM, Discrete, Flow, Process, expand, time_grid
+from .process import EDM, SPACINGS, Discrete, Flow, Process, expand, time_grid
 from .sampling import DDIM, MultistepSolver, Solver
 
 try:
     from diffusers.configuration_utils import ConfigMixin
-    from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+    from diffusers.schedulers.scheduling_utils import SchedulerMixin
 except ImportError:  # the other adapters work without diffusers
-    ConfigMixin = SchedulerMixin = object
-    SchedulerOutput = None
+
+    class ConfigMixin: ...
+
+    class SchedulerMixin: ...
 
 # %% auto #0
 __all__ = ['PREDICTION_TYPES', 'process_of', 'DiffusersDenoiser', 'from_diffusers', 'from_edm',
-           'from_k_diffusion', 'as_k_diffusion', 'DiffusersScheduler']
+           'from_k_diffusion', 'as_k_diffusion', 'Stepped', 'DiffusersScheduler', 'guide_pipeline',
+           'random_pipeline']
 
 # %% ../../nbs/core/010_adapters.ipynb #3d12723f
 PREDICTION_TYPES = {
@@ -43,19 +51,47 @@ def _kind(prediction_type):
     return PREDICTION_TYPES[prediction_type]
 
 
+# 1 - beta of a last training step that keeps no signal: the tables need a finite log_snr
+_NO_SIGNAL = 2.0**-40
+
+
+def _is_flow(scheduler):
+    c = scheduler.config
+    kind = c.get("prediction_type", "")
+    return (
+        "FlowMatch" in type(scheduler).__name__
+        or kind == "flow_prediction"
+        or bool(c.get("use_flow_sigmas"))
+    )
+
+
 def process_of(
-    scheduler,  # a diffusers scheduler
+    scheduler,  # a diffusers scheduler, or a DiffusersScheduler
 ) -> tuple[Process, str]:  # the process, and what the network predicts
     "The noising process behind a `diffusers` scheduler, and the parametrisation its config names."
-    betas = getattr(scheduler, "betas", None)
-    if betas is not None:
-        return Discrete(betas), _kind(scheduler.config.get("prediction_type", "epsilon"))
-    if "FlowMatch" in type(scheduler).__name__:
+    if isinstance(scheduler, DiffusersScheduler):
+        return scheduler.process, scheduler.kind
+    if not hasattr(scheduler, "config"):
+        raise TypeError(f"scheduler must be a diffusers scheduler, got {scheduler!r}")
+    if _is_flow(scheduler):
         return Flow(), "flow"
-    raise ValueError(
-        f"{type(scheduler).__name__} has neither a table of betas nor is it a flow matching"
-        " scheduler; pass process= and predicts="
-    )
+    betas = getattr(scheduler, "betas", None)
+    if betas is None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has neither a table of betas nor is it a flow matching"
+            " scheduler; pass process= and predicts="
+        )
+    kind = _kind(scheduler.config.get("prediction_type", "epsilon"))
+    betas = torch.as_tensor(betas, dtype=torch.float64)
+    if betas[-1] >= 1 - _NO_SIGNAL:
+        if kind == "eps":
+            raise ValueError(
+                "a schedule with zero terminal SNR (rescale_betas_zero_snr) needs"
+                " prediction_type='v_prediction' or 'sample': at t = 1 the state is the noise, so"
+                " a prediction of the noise says nothing"
+            )
+        betas = betas.clamp(max=1 - _NO_SIGNAL)
+    return Discrete(betas), kind
 
 
 class DiffusersDenoiser(NetDenoiser):
@@ -71,27 +107,85 @@ class DiffusersDenoiser(NetDenoiser):
             extra = {"variance": (v + 1) / 2}
         return Prediction(x, t, self.process, out, self.predicts, extra)
 
+# %% ../../nbs/core/010_adapters.ipynb #1c85651b
+_TIMES = {"t": (0, 1), "1 - t": (1, -1), "1000 t": (0, 1000), "1000 (1 - t)": (1000, -1000)}
+_CALLS = {
+    "t": "Flux Flux2 Chroma QwenImage QwenImage21 OvisImage LongCatImage AuraFlow Krea2 PRX"
+    " NucleusMoEImage",
+    "1 - t": "Lumina2 LuminaNextDiT2DModel ZImage",
+    "1000 t": "SD3 Bria BriaFibo HunyuanImage HunyuanVideo HunyuanVideo15 HunyuanVideoFramepack"
+    " Kandinsky5 Kandinsky6 Sana SanaVideo Wan WanVACE SkyReelsV2 LTXVideo CogView4 HiDreamImage"
+    " MotifVideo",
+    "1000 (1 - t)": "Mochi",
+}
+_NEGATIVE = "Lumina2 LuminaNextDiT2DModel ZImage HiDreamImage NucleusMoEImage Mochi".split()
+
+
+def _bare(model):  # without what compiles, casts or distributes it
+    for name in ("_orig_mod", "module"):
+        model = getattr(model, name, model)
+    return model
+
+
+def _line(a, b, t):  # not a lambda: it can be pickled
+    return a + b * t
+
+
+def _call_of(model):  # (time, sign) of a known flow transformer, else None
+    name = type(_bare(model)).__name__
+    short = name.split("Transformer")[0]
+    found = [k for k, names in _CALLS.items() if short in names.split() or name in names.split()]
+    ours = type(_bare(model)).__module__.split(".")[0] == "diffusers"
+    if not (found and ours):
+        return None
+    sign = -1.0 if short in _NEGATIVE or name in _NEGATIVE else 1.0
+    return functools.partial(_line, *_TIMES[found[0]]), sign
+
 
 class _Sample(torch.nn.Module):  # a diffusers model as net(x, t, **cond) -> tensor
-    def __init__(self, model):
+    # names of the state and of the time; other models are called by position
+    states, times = ("sample", "hidden_states", "x"), ("timestep", "timesteps", "t")
+
+    def __init__(self, model, sign=1.0):
         super().__init__()
-        self.model = model
+        self.model, self.sign = model, sign
+        forward = getattr(_bare(model), "forward", _bare(model))
+        try:
+            names = inspect.signature(forward).parameters
+        except (TypeError, ValueError):
+            names = ()
+        first = lambda known: next((n for n in known if n in names), None)
+        self.names = first(self.states), first(self.times)
+        self.rows = type(_bare(model)).__name__ == "ZImageTransformer2DModel"  # a list of videos
 
     def forward(self, x, t, **cond):
-        out = self.model(x, t, **cond)
-        return out.sample if hasattr(out, "sample") else out[0]
+        state, time = self.names
+        if self.rows:
+            x = list(x.unsqueeze(2).unbind(0))
+        if state is None or time is None:
+            out = self.model(x, t, **cond)
+        else:
+            out = self.model(**{state: x, time: t}, **cond)
+        out = out.sample if hasattr(out, "sample") else out
+        out = out[0] if isinstance(out, tuple) else out
+        if self.rows:
+            out = torch.stack(list(out)).squeeze(2)
+        return out if self.sign == 1 else self.sign * out
 
 
 def from_diffusers(
-    # UNet2DModel, UNet2DConditionModel, a transformer: model(x, timestep, **cond).sample
+    # a UNet or transformer of diffusers, or any model(x, timestep, **cond)
     model: torch.nn.Module,
     scheduler=None,  # its scheduler: gives the table of betas and the prediction type
     process: Process | None = None,
     predicts: str | None = None,  # instead of a scheduler
     # the unconditional condition, e.g. {"encoder_hidden_states": negative_prompt_embeds}
     null: dict | None = None,
-    # t -> what the model is fed; default: 0..N-1, or 1000 t for a flow
+    # t -> what the model is fed; default: 0..N-1; for a flow, what the model's class is known to
+    # take
     time_input: Callable | None = None,
+    # 1, or -1 where a model puts out the opposite of noise - data; default: by its class
+    sign: float | None = None,
 ) -> DiffusersDenoiser:
     "A `diffusers` model with its schedule as a `Denoiser`; conditions are passed on by keyword."
     if scheduler is not None:
@@ -99,11 +193,20 @@ def from_diffusers(
     elif process is None or predicts is None:
         raise ValueError("give either scheduler= or both process= and predicts=")
     process, predicts = process or p, predicts or k
-    if time_input is None and isinstance(process, Flow):
-        time_input = lambda t: 1000 * t
-    return DiffusersDenoiser(_Sample(model), process, predicts, time_input, null)
+    if isinstance(process, Flow) and (time_input is None or sign is None):
+        known = _call_of(model)
+        if known is None and time_input is None:
+            raise ValueError(
+                f"{type(_bare(model)).__name__} is not among the flow models whose time is known;"
+                " pass time_input=, e.g. lambda t: 1000 * t (most), or lambda t: t (as Flux), and"
+                " sign=-1 if it puts out data - noise"
+            )
+        time, known_sign = known or (None, 1.0)
+        time_input, sign = time_input or time, known_sign if sign is None else sign
+    net = _Sample(model, 1.0 if sign is None else sign)
+    return DiffusersDenoiser(net, process, predicts, time_input, null)
 
-
+# %% ../../nbs/core/010_adapters.ipynb #918d2fe9
 class _Denoised(torch.nn.Module):  # a network of the world with alpha = 1
     def __init__(self, net, process):
         super().__init__()
@@ -126,7 +229,8 @@ def from_edm(
             max(float(getattr(net, "sigma_min", 0) or 0), 0.002),
             min(float(getattr(net, "sigma_max", 80.0) or 80.0), 80.0),
         )
-    return NetDenoiser(_Denoised(net, process), process, "x0", time_input=lambda t: t, null=null)
+    same = functools.partial(_line, 0, 1)
+    return NetDenoiser(_Denoised(net, process), process, "x0", time_input=same, null=null)
 
 
 def from_k_diffusion(
@@ -148,89 +252,156 @@ def as_k_diffusion(denoiser: Denoiser) -> Callable:  # model(x, sigma, **cond) -
     return model
 
 # %% ../../nbs/core/010_adapters.ipynb #daf69cc8
-class DiffusersScheduler(SchedulerMixin, ConfigMixin):
-    "Any multistep solver of this library as a `diffusers` scheduler."
+def _their_nodes(
+    scheduler,  # of diffusers, after its set_timesteps
+    process: Process,  # its process
+) -> tuple[torch.Tensor, torch.Tensor]:  # what the model is fed (n,), and the times (n + 1,)
+    "The nodes of a `diffusers` scheduler in this library's time."
+    name, c = type(scheduler).__name__, scheduler.config
+    if hasattr(scheduler, "sigmas_interpol"):
+        raise ValueError(
+            f"like={name} evaluates between the nodes of its grid, which a solver with one"
+            " evaluation a step cannot take over"
+        )
+    fed = torch.as_tensor(scheduler.timesteps).cpu()
+    sigmas = getattr(scheduler, "sigmas", None)
+    if isinstance(sigmas, torch.Tensor) and len(sigmas) == len(fed) + 1:
+        s = sigmas.detach().double().cpu()
+        new = torch.ones(len(fed), dtype=torch.bool)
+        new[1:] = s[1:-1] != s[:-2]  # schedulers of second order list their nodes twice
+        fed, s = fed[new], torch.cat([s[:-1][new], s[-1:]])
+        if isinstance(process, Flow):
+            return fed, 1 - s if c.get("invert_sigmas") else s
+        times = torch.zeros_like(s)
+        times[s > 0] = process.time(-s[s > 0].log())
+        return fed, torch.where((times - 1).abs() < 1e-5, 1.0, times)
+    if isinstance(process, Flow):
+        raise ValueError(f"like={name} is a flow without a table of sigmas: not known here")
+    fed = torch.unique_consecutive(fed)  # PNDM asks twice for its second node
+    times = (fed.double() + 1) / process.n_train
+    end = 0.0 if float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1 else process.t_min
+    return fed, torch.cat([times, times.new_tensor([end])])
 
-    config_name, order = "scheduler_config.json", 1
+
+def _own_nodes(
+    process: Process,
+    n: int,  # steps
+    spacing: str,  # any of `time_grid`
+    final: str = "zero",  # where the last step ends: "zero" or "sigma_min"
+    offset: int = 0,  # shift of "leading"
+    shift: float = 1.0,  # of a flow: t' = shift t / (1 + (shift - 1) t)
+) -> torch.Tensor:  # (n + 1,)
+    "The nodes of `time_grid` as a scheduler needs them."
+    if isinstance(process, Flow):
+        t = time_grid(process, n, spacing, end=0.0 if final == "zero" else process.t_min)
+        return shift * t / (1 + (shift - 1) * t)
+    if spacing in ("linspace", "leading", "trailing"):
+        if spacing == "leading" and offset + (process.n_train // n) * (n - 1) >= process.n_train:
+            raise ValueError(
+                f"steps_offset={offset} moves the first of {n} steps beyond the last of"
+                f" {process.n_train} training steps; take fewer steps"
+            )
+        # with offset 0 the last node of "leading" is the first training step itself
+        down = final == "sigma_min" and not (spacing == "leading" and offset == 0)
+        end = process.t_min if down else 0.0
+        return time_grid(process, n, spacing, end=end, offset=offset * (spacing == "leading"))
+    if final == "sigma_min" or spacing in ("uniform", "quadratic"):
+        return time_grid(process, n, spacing, end=process.t_min if final == "sigma_min" else 0.0)
+    # a spacing in log_snr needs a finite end: one step fewer, and a last one to clean data
+    inner = time_grid(process, n - 1, spacing) if n > 1 else torch.ones(1, dtype=torch.float64)
+    return torch.cat([inner, inner.new_zeros(1)])
+
+
+class Stepped:
+    "What a step gives: the next state, and on demand the prediction of clean data."
+
+    def __init__(self, prev_sample: torch.Tensor, prediction: Prediction):
+        self.prev_sample, self.prediction = prev_sample, prediction
+
+    @property
+    def pred_original_sample(self) -> torch.Tensor:
+        return self.prediction.x0.to(self.prev_sample.dtype)
+
+    def __getitem__(self, i):
+        return (self.prev_sample, self.pred_original_sample)[i]
+
+
+# where several classes have the same options, the first is meant
+_USUAL = "DDIM DDPM PNDM DPMSolverMultistep UniPCMultistep DEISMultistep EulerDiscrete"
+_USUAL += " EulerAncestralDiscrete HeunDiscrete LMSDiscrete FlowMatchEulerDiscrete"
+
+
+def _class_of(config: dict, default: str) -> str:  # the class of a scheduler
+    "Whose config this is, by its entries: the `config` of a scheduler does not name its class."
+    import diffusers
+
+    if "solver" in config:
+        return default
+    names = [f"{n}Scheduler" for n in _USUAL.split()]
+    for name in names + sorted(n for n in dir(diffusers) if n.endswith("Scheduler")):
+        kind = getattr(diffusers, name, None)
+        if isinstance(kind, type) and issubclass(kind, SchedulerMixin):
+            if set(inspect.signature(kind.__init__).parameters) - {"self", "kwargs"} == set(config):
+                return name
+    return default
+
+
+def _near(name: str, known) -> str:  # a hint
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+# %% ../../nbs/core/010_adapters.ipynb #5fb12654
+class _Schedule(SchedulerMixin, ConfigMixin):  # settings: the solver, and whose schedule
+    config_name, order, init_noise_sigma = "scheduler_config.json", 1, 1.0
     _compatibles: list = []
+    DEFAULTS = dict(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        trained_betas=None,
+        prediction_type="epsilon",
+        timestep_spacing="trailing",
+        steps_offset=0,
+        final="zero",
+        shift=1.0,
+    )
 
     def __init__(
         self,
         # the update rule, or its config; default: DDIM()
         solver: MultistepSolver | dict | None = None,
-        # a diffusers scheduler whose schedule, prediction type and spacing are taken over
+        # a diffusers scheduler whose schedule, prediction type and timetable are taken over; what
+        # is said beside it wins
         like=None,
-        num_train_timesteps: int = 1000,
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,  # Stable Diffusion's
-        beta_schedule: str = "scaled_linear",  # "linear" or "scaled_linear"
+        num_train_timesteps: int | None = None,  # default: 1000
+        beta_start: float | None = None,  # default: 0.00085, Stable Diffusion's
+        beta_end: float | None = None,  # default: 0.012
+        beta_schedule: str | None = None,  # "scaled_linear" (default) or "linear"
         trained_betas: list | None = None,  # or the table itself
-        prediction_type: str = "epsilon",  # epsilon, v_prediction, sample, flow_prediction
-        timestep_spacing: str = "trailing",  # any spacing of time_grid
-        steps_offset: int = 0,  # shift of "leading"
-        # where the last step ends: "zero" (clean data) or "sigma_min" (the first training step)
-        final: str = "zero",
-        **ignored,  # entries that other schedulers wrote into a config
+        # epsilon (default), v_prediction, sample, flow_prediction
+        prediction_type: str | None = None,
+        timestep_spacing: str | None = None,  # any spacing of time_grid; default: "trailing"
+        steps_offset: int | None = None,  # shift of "leading"; default: 0
+        # where the last step ends: "zero" (clean data, default) or "sigma_min" (the first training
+        # step)
+        final: str | None = None,
+        shift: float | None = None,  # of a flow: t' = shift t / (1 + (shift - 1) t); default: 1
+        **options,  # those of like's class
     ):
-        if SchedulerMixin is object:
+        if SchedulerMixin.__module__ == __name__:
             raise ImportError(
                 "DiffusersScheduler needs the package diffusers: pip install diffusers"
             )
-        solver = (
-            DDIM()
-            if solver is None
-            else _from_config(solver)
-            if isinstance(solver, dict)
-            else solver
-        )
-        if not isinstance(solver, MultistepSolver):
+        if isinstance(solver, dict):
+            solver = _from_config(solver)
+        self.solver = DDIM() if solver is None else solver
+        if not isinstance(self.solver, MultistepSolver):
             raise TypeError(
                 f"solver must be a MultistepSolver (one evaluation a step), got {solver!r}; others"
                 " run under diffkit.sample only"
             )
-        if like is not None:
-            c = like.config
-            if getattr(like, "betas", None) is None and "FlowMatch" not in type(like).__name__:
-                raise ValueError(f"like={type(like).__name__} has no table of betas")
-            prediction_type = (
-                "flow_prediction"
-                if getattr(like, "betas", None) is None
-                else c.get("prediction_type", prediction_type)
-            )
-            num_train_timesteps = c.get("num_train_timesteps", num_train_timesteps)
-            trained_betas = (
-                None if prediction_type == "flow_prediction" else [float(b) for b in like.betas]
-            )
-            timestep_spacing, steps_offset = (
-                c.get("timestep_spacing", timestep_spacing),
-                c.get("steps_offset", steps_offset),
-            )
-        if final not in ("zero", "sigma_min"):
-            raise ValueError(f"final must be zero or sigma_min, got {final!r}")
-        self.kind = _kind(prediction_type)
-        if self.kind == "flow":
-            self.process = Flow()
-        elif trained_betas is not None:
-            self.process = Discrete(trained_betas)
-        elif beta_schedule == "linear":
-            self.process = Discrete(
-                torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float64)
-            )
-        elif beta_schedule == "scaled_linear":
-            self.process = Discrete(
-                torch.linspace(
-                    beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64
-                )
-                ** 2
-            )
-        else:
-            raise ValueError(
-                f"beta_schedule must be linear or scaled_linear, got {beta_schedule!r}"
-            )
-        if self.kind == "flow" and timestep_spacing in ("linspace", "leading", "trailing"):
-            timestep_spacing = "uniform"
-        self.register_to_config(
-            solver=solver.config(),
+        said = dict(
             num_train_timesteps=num_train_timesteps,
             beta_start=beta_start,
             beta_end=beta_end,
@@ -240,55 +411,216 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
             timestep_spacing=timestep_spacing,
             steps_offset=steps_offset,
             final=final,
+            shift=shift,
         )
-        self.solver, self.init_noise_sigma = solver, 1.0
-        self.alphas_cumprod = (
-            None
-            if self.kind == "flow"
-            else self.process.alpha(
-                (torch.arange(num_train_timesteps) + 1.0).double() / num_train_timesteps
+        said = {k: v for k, v in said.items() if v is not None}
+        self._check(said)
+        if isinstance(like, DiffusersScheduler):
+            if like.like is None:
+                said = {k: like.config[k] for k in self.DEFAULTS} | said
+            else:
+                said = {k: like.config[k] for k in ("final", "own_spacing")} | said
+                said = {k: v for k, v in said.items() if v is not None}
+            like = like.like
+        self.like = like
+        self._take_over(said, options) if like is not None else self._lay_out(said, options)
+
+    def _check(self, said):
+        if said.get("final", "zero") not in ("zero", "sigma_min"):
+            raise ValueError(f"final must be zero or sigma_min, got {said['final']!r}")
+        _kind(said.get("prediction_type", "epsilon"))
+        if not said.get("shift", 1.0) > 0:
+            raise ValueError(f"shift must be positive, got {said['shift']}")
+
+    def _lay_out(self, said, options):  # a schedule of our own
+        if options:
+            name = next(iter(options))
+            known = inspect.signature(DiffusersScheduler).parameters
+            raise TypeError(
+                f"unknown argument {name}={options[name]!r}{_near(name, known)}; options of a"
+                " diffusers scheduler need like="
             )
-            .square()
-            .float()
-        )
-        self.set_timesteps(min(50, num_train_timesteps))
+        c = self.DEFAULTS | said
+        self.kind = _kind(c["prediction_type"])
+        betas, n = c["trained_betas"], c["num_train_timesteps"]
+        if betas is not None and said.get("num_train_timesteps", len(betas)) != len(betas):
+            raise ValueError(f"trained_betas has {len(betas)} entries, but num_train_timesteps={n}")
+        if self.kind == "flow":
+            self.process = Flow()
+            if c["timestep_spacing"] in ("linspace", "leading", "trailing"):
+                c["timestep_spacing"] = "uniform"
+        elif betas is not None:
+            self.process = Discrete(betas)
+            c["num_train_timesteps"] = len(betas)
+            c["trained_betas"] = [float(b) for b in betas]
+        elif c["beta_schedule"] == "linear":
+            line = torch.linspace(c["beta_start"], c["beta_end"], n, dtype=torch.float64)
+            self.process = Discrete(line)
+        elif c["beta_schedule"] == "scaled_linear":
+            low, high = c["beta_start"] ** 0.5, c["beta_end"] ** 0.5
+            self.process = Discrete(torch.linspace(low, high, n, dtype=torch.float64) ** 2)
+        else:
+            raise ValueError(
+                f"beta_schedule must be linear or scaled_linear, got {c['beta_schedule']!r}"
+            )
+        if c["timestep_spacing"] not in SPACINGS:
+            raise ValueError(
+                f"timestep_spacing must be one of {', '.join(SPACINGS)}, got"
+                f" {c['timestep_spacing']!r}"
+            )
+        self.register_to_config(solver=self.solver.config(), like=None, own_spacing=None, **c)
+        self.set_timesteps(min(50, c["num_train_timesteps"]))
+
+    def _take_over(self, said, options):  # the schedule of a diffusers scheduler
+        kind, like = type(self.like), self.like
+        if not isinstance(like, SchedulerMixin):
+            raise TypeError(f"like must be a diffusers scheduler, got {like!r}")
+        known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+        final, shift = said.pop("final", None), said.get("shift")
+        own = said.pop("own_spacing", None)
+        spacing = said.get("timestep_spacing")
+        theirs = ("linspace", "leading", "trailing")
+        if spacing is not None and spacing not in theirs:  # a grid of ours on their process
+            own = said.pop("timestep_spacing")
+            if own not in SPACINGS:
+                raise ValueError(
+                    f"timestep_spacing must be one of {', '.join(SPACINGS)}, got {own!r}"
+                )
+        elif spacing is not None:
+            own = None
+        if shift is not None and "shift" not in known and "flow_shift" in known:
+            said["flow_shift"] = said.pop("shift")
+        if final is not None and own is None:
+            if "final_sigmas_type" in known:
+                said["final_sigmas_type"] = final
+            elif "set_alpha_to_one" in known:
+                said["set_alpha_to_one"] = final == "zero"
+            elif final != "zero":
+                raise ValueError(f"{kind.__name__} always ends at zero, got final={final!r}")
+        for name in (k for k in said | options if k not in known):
+            raise TypeError(f"{kind.__name__} has no argument {name}{_near(name, known)}")
+        self.like = kind.from_config(like.config, **said, **options)
+        self.process, self.kind = process_of(self.like)
+        c = {k: v for k, v in self.like.config.items() if not k.startswith("_")}
+        c |= dict(solver=self.solver.config(), like=kind.__name__, final=final, own_spacing=own)
+        self.register_to_config(**c)
+        self.timesteps, self.num_inference_steps = self.like.timesteps, None
+        self._forget()
+        if not self.like.config.get("use_dynamic_shifting"):  # that hangs on the image's size
+            self.set_timesteps(min(50, self.config.num_train_timesteps))
 
     def __len__(self):
         return self.config.num_train_timesteps
 
+    def _forget(self):  # of a trajectory
+        self._run = self._begin = self._step = None
+
+# %% ../../nbs/core/010_adapters.ipynb #9920e6ab
+class _Timetable(_Schedule):
+    @property
+    def betas(self) -> torch.Tensor | None:  # (N,) of a discrete process
+        if self.kind == "flow":
+            return None
+        log = 2 * self.process._table
+        return -torch.expm1(log[1:] - log[:-1]).float()
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor | None:  # (N,) of a discrete process
+        if self.kind == "flow":
+            return None
+        return (2 * self.process._table[1:]).exp().float()
+
     def set_timesteps(
         self,
-        num_inference_steps: int,  # steps of the sampler
+        num_inference_steps: int | None = None,  # steps of the sampler
         device: torch.device | str | None = None,  # of `timesteps`
-        **kwargs,
+        timesteps: list | None = None,  # or what the model is to be fed, decreasing
+        sigmas: list | None = None,  # or the noise levels: sigma / alpha, of a flow sigma
+        mu: float | None = None,  # of a dynamic shift
     ) -> None:
         "Lay out the grid; what pipelines call before the loop."
-        spacing = self.config.timestep_spacing
-        end = 0.0 if self.config.final == "zero" else max(self.process.t_min, 0.0)
-        # the last node is the first training step itself
-        if (
-            self.config.final == "sigma_min"
-            and spacing == "leading"
-            and self.config.steps_offset == 0
-        ):
-            end = 0.0
-        self.grid = time_grid(
-            self.process,
-            num_inference_steps,
-            spacing,
-            end=end,
-            offset=self.config.steps_offset if spacing == "leading" else 0,
-        )
-        times = (
-            1000 * self.grid[:-1] if self.kind == "flow" else self.process.net_time(self.grid[:-1])
-        )
-        whole = (times - times.round()).abs().max() < 1e-6
-        self.timesteps = (times.round().long() if whole else times.float()).to(device)
-        self.num_inference_steps, self._position = num_inference_steps, None
+        custom = dict(timesteps=timesteps, sigmas=sigmas)
+        custom = {k: v for k, v in custom.items() if v is not None}
+        if len(custom) == 2:
+            raise ValueError("give timesteps= or sigmas=, not both")
+        if num_inference_steps is None and not custom:
+            raise ValueError("give num_inference_steps=, timesteps= or sigmas=")
+        if num_inference_steps is not None:
+            n = num_inference_steps
+            if not hasattr(n, "__index__") or operator.index(n) < 1:
+                raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
+            num_inference_steps = operator.index(n)
+        if self.like is not None and self.config.own_spacing is None:
+            fed, grid = self._their_table(num_inference_steps, custom, mu)
+        elif mu is not None:
+            raise ValueError("mu= belongs to a schedule with a dynamic shift: pass like=")
+        else:
+            fed, grid = self._own_table(num_inference_steps, custom)
+        if (grid[:-1] <= grid[1:])[:-1].any() or grid[-1] > grid[-2] or not 0 < grid[0] <= 1:
+            raise ValueError(
+                f"the nodes must decrease within the {len(self)} training steps, got"
+                f" {[round(float(v), 4) for v in fed]}; take fewer steps or another spacing"
+            )
+        self.timesteps, self.grid, self._times = fed.to(device), grid, grid.tolist()
+        self._fed = fed.double()
+        self.num_inference_steps = len(fed)
+        self._forget()
+
+    def _their_table(self, n, custom, mu):
+        how = custom | ({} if mu is None else dict(mu=mu))
+        known = inspect.signature(self.like.set_timesteps).parameters
+        for k in (k for k in how if k not in known):
+            raise ValueError(f"set_timesteps of {type(self.like).__name__} takes no {k}=")
+        if n is not None and not custom:
+            how["num_inference_steps"] = n
+        self.like.set_timesteps(device="cpu", **how)
+        return _their_nodes(self.like, self.process)
+
+    def _own_table(self, n, custom):
+        flow, N = self.kind == "flow", self.process.n_train
+        for k, v in custom.items():
+            v = torch.as_tensor(v, dtype=torch.float64)
+            if k == "timesteps":
+                grid = v / 1000 if flow else (v + 1) / N
+            else:
+                v = v[v > 0]
+                grid = v if flow else self.process.time(-v.log())
+            grid = torch.cat([grid, grid.new_zeros(1)])
+            break
+        else:
+            c = self.config
+            spacing = c.own_spacing or c.timestep_spacing
+            offset, shift = (c.get(k) or d for k, d in (("steps_offset", 0), ("shift", 1.0)))
+            grid = _own_nodes(self.process, n, spacing, c.final or "zero", offset, shift)
+        fed = 1000 * grid[:-1] if flow else self.process.net_time(grid[:-1])
+        whole = (fed - fed.round()).abs().max() < 1e-6
+        return (fed.round().long() if whole and not flow else fed.float()), grid
+
+    @property
+    def sigmas(self) -> torch.Tensor:  # (n + 1,) sigma / alpha at the nodes, of a flow sigma
+        if self.kind == "flow":
+            return self.grid.float()
+        return (self.process.sigma(self.grid) / self.process.alpha(self.grid)).float()
+
+    def index_for_timestep(self, timestep: torch.Tensor | float) -> int:
+        "The step at which the model is fed this."
+        return int((self._fed - float(timestep)).abs().argmin())
+
+# %% ../../nbs/core/010_adapters.ipynb #ef719ee3
+class DiffusersScheduler(_Timetable):
+    "Any multistep solver of this library as a `diffusers` scheduler."
+
+    @property
+    def begin_index(self) -> int | None:  # where the trajectory begins, if it was set
+        return self._begin
+
+    @property
+    def step_index(self) -> int | None:  # the step that comes next; None before the first
+        return self._step
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         "Start in the middle: what image-to-image pipelines call."
-        self._position = None
+        self._forget()
         self._begin = begin_index
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
@@ -296,48 +628,102 @@ class DiffusersScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def _start(self, timestep, generator):
-        begin = getattr(self, "_begin", None)
-        if begin is None:
-            begin = int((self.timesteps.cpu().double() - float(timestep)).abs().argmin())
-        self.solver.start(self.process, self.grid[begin:], generator)
-        self._position, self._begin, self._times = begin, None, self.grid.tolist()
+        if self.num_inference_steps is None:
+            raise ValueError("call set_timesteps before the first step")
+        begin = self.index_for_timestep(timestep) if self._begin is None else self._begin
+        grid = self.grid[begin:]
+        # where the last node is the end already, the last step does nothing
+        grid = grid[:-1] if len(grid) > 2 and grid[-1] == grid[-2] else grid
+        self._run, self._step = copy.copy(self.solver), begin
+        self._run.start(self.process, grid, generator)
+
+    def _clean(self, new: Prediction) -> Prediction:  # clipped as `like` clips
+        c = {} if self.like is None else self.like.config
+        if c.get("thresholding"):
+            x0 = self.like._threshold_sample(new.x0)
+        elif c.get("clip_sample"):
+            limit = c.get("clip_sample_range", 1.0)
+            x0 = new.x0.clamp(-limit, limit)
+        else:
+            return new
+        return Prediction(new.x, new.t, self.process, x0, "x0")
 
     def step(
         self,
         model_output: torch.Tensor,  # (B, ...) what the network said
         timestep: torch.Tensor | float,  # where it said so; looked at on the first call only
         sample: torch.Tensor,  # (B, ...) state
-        generator: torch.Generator | None = None,  # for solvers that draw noise
-        return_dict: bool = True,  # SchedulerOutput or a tuple
-        **kwargs,
-    ):
+        generator: torch.Generator | list | None = None,  # for solvers that draw noise
+        return_dict: bool = True,  # with `prev_sample` and `pred_original_sample`, or a tuple
+    ) -> Stepped | tuple:
         "The next state."
-        if self._position is None:
+        if self._run is None:
             self._start(timestep, generator)
-        elif self._position >= len(self._times) - 1:
+        elif self._step >= len(self._times) - 1:
             raise ValueError(
                 f"the grid of {self.num_inference_steps} steps is used up; call set_timesteps"
                 " before the next trajectory"
             )
-        i, dtype = self._position, sample.dtype
+        i, dtype = self._step, sample.dtype
         work = sample if dtype in (torch.float32, torch.float64) else sample.float()
-        new = Prediction(work, self._times[i], self.process, model_output.to(work.dtype), self.kind)
-        x = self.solver.advance(new, work, self._times[i + 1]).to(dtype)
-        self._position += 1
-        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
+        out = model_output.to(work.dtype)
+        if self.like is not None and self.like.config.get("invert_sigmas"):
+            out = -out  # such a model points to the noise's other side
+        new = Prediction(work, self._times[i], self.process, out, self.kind)
+        new = new if self.like is None else self._clean(new)
+        x, end = sample, self._times[i + 1]
+        if end < self._times[i]:
+            x = self._run.advance(new, work, end).to(dtype)
+        self._step += 1
+        return Stepped(x, new) if return_dict else (x,)
 
     def add_noise(
         self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
         "Noise clean samples to the given timesteps."
-        t = (
-            timesteps.double().cpu() / 1000
-            if self.kind == "flow"
-            else (timesteps.double().cpu() + 1) / len(self)
-        )
-        return self.process.noise(original_samples, t.to(original_samples.device), noise).to(
-            original_samples.dtype
-        )
+        if not timesteps.numel():
+            return original_samples
+        fed = timesteps.double().cpu().reshape(-1)
+        t = fed / 1000 if self.kind == "flow" else (fed + 1) / len(self)
+        if self.num_inference_steps is not None:  # what the model is fed may have its own scale
+            near = [self.index_for_timestep(v) for v in fed]
+            at = (self._fed[near] - fed).abs() < 1e-3
+            t = torch.where(at, self.grid[near], t)
+        x = original_samples
+        return self.process.noise(x, t.to(x.device).expand(len(x)), noise).to(x.dtype)
+
+    def scale_noise(
+        self,
+        sample: torch.Tensor,  # (B, ...) clean
+        timestep: torch.Tensor | float,
+        noise: torch.Tensor | None = None,  # (B, ...)
+    ) -> torch.Tensor:
+        "The same under the name that pipelines of flows use."
+        noise = torch.randn_like(sample) if noise is None else noise
+        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+
+    @classmethod
+    def from_config(cls, config: dict, return_unused_kwargs: bool = False, **kwargs):
+        """A scheduler from a saved config: ours, or that of a diffusers scheduler, which is then
+        taken over; keywords win."""
+        c = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+        name = dict(config).get("_class_name") or _class_of(c, cls.__name__)
+        solver, own = c.pop("solver", None), name == cls.__name__
+        solver, theirs = kwargs.pop("solver", solver), c.pop("like", None) if own else name
+        if theirs:
+            import diffusers
+
+            kind = getattr(diffusers, theirs, None)
+            if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+                raise ValueError(f"diffusers has no scheduler {theirs!r}")
+            extra = {k: c[k] for k in ("final", "own_spacing") if c.get(k) is not None}
+            if "own_spacing" in extra:
+                extra["timestep_spacing"] = extra.pop("own_spacing")
+            c = {k: v for k, v in c.items() if k not in ("final", "own_spacing")}
+            out = cls(solver, like=kind.from_config(c), **(extra | kwargs))
+        else:  # entries of other schedulers are read over: they do not belong to this schedule
+            out = cls(solver, **{k: v for k, v in c.items() if k in cls.DEFAULTS} | kwargs)
+        return (out, {}) if return_unused_kwargs else out
 
 # %% ../../nbs/core/010_adapters.ipynb #5bc27d50
 def _from_config(config: dict) -> Solver:
@@ -352,3 +738,315 @@ def _from_config(config: dict) -> Solver:
         for k, v in config["args"].items()
     }
     return getattr(importlib.import_module(module), name)(**args)
+
+# %% ../../nbs/core/010_adapters.ipynb #d10ace60
+class _Null(dict):  # the unconditional condition; `missing` until a pipeline has named one
+    missing = True
+
+    def _look(self):
+        if self.missing:
+            raise LookupError("unconditional")
+
+    def __len__(self):  # not empty, also before it is known
+        return max(super().__len__(), 1)
+
+    def __iter__(self):
+        self._look()
+        return super().__iter__()
+
+    def keys(self):
+        self._look()
+        return super().keys()
+
+    def items(self):
+        self._look()
+        return super().items()
+
+
+def _rows(value, n: int, path: str = "") -> dict:  # the tensors with one row a sample, by path
+    if isinstance(value, dict):
+        found = [_rows(v, n, f"{path}/{k}" if path else k) for k, v in value.items()]
+        return {k: v for part in found for k, v in part.items()}
+    own = isinstance(value, torch.Tensor) and value.ndim and len(value) == n
+    return {path: value} if own else {}
+
+
+def _put(value, rows: dict, path: str = ""):  # the same structure with other rows
+    if isinstance(value, dict):
+        return {k: _put(v, rows, f"{path}/{k}" if path else k) for k, v in value.items()}
+    return rows.get(path, value)
+
+
+class _Inside(torch.nn.Module):  # a pipeline's network as net(x, t, **rows)
+    def __init__(self, model, call, names, sign):
+        super().__init__()
+        self.model, self.call, self.names, self.sign, self.shared = model, call, names, sign, {}
+
+    def forward(self, x, t, **rows):
+        state, time = self.names
+        rest = _put(self.shared, rows)
+        out = self.call(**{state: x, time: t}, **rest, return_dict=False)[0]
+        if out.shape != x.shape:
+            raise ValueError(
+                f"guide_pipeline needs a network whose output has the shape of the state"
+                f" {tuple(x.shape)}, got {tuple(out.shape)}"
+            )
+        return out if self.sign == 1 else self.sign * out
+
+
+class _Reply(tuple):  # what a network of diffusers returns
+    @property
+    def sample(self):
+        return self[0]
+
+# %% ../../nbs/core/010_adapters.ipynb #ac4aea57
+class _Guided:  # stands in the place of one network's `forward`
+    def __init__(self, pipe, model, guidance, time_input, sign):
+        self.pipe, self.model, self.guidance = pipe, model, guidance
+        self.time_input, self.sign = time_input, sign
+        self.call, self.signature = model.forward, inspect.signature(model.forward)
+        self.names = _Sample(model).names
+        if None in self.names:
+            raise ValueError(f"{type(model).__name__} has no arguments for the state and the time")
+        self.scheduler = self.guided = self.pending = None
+        model.forward = self
+
+    def remove(self):
+        if self.model.__dict__.get("forward") is self:
+            del self.model.forward
+            if self.model.forward != self.call:  # it had one of its own, e.g. from a hook
+                self.model.forward = self.call
+
+    def _build(self):
+        scheduler = self.pipe.scheduler
+        if self.scheduler is scheduler:
+            return
+        process, predicts = process_of(scheduler)
+        time, sign = self.time_input, self.sign
+        if predicts == "flow":
+            known = _call_of(self.model)
+            if known is None and time is None:
+                raise ValueError(
+                    f"{type(self.model).__name__} is not among the flow models whose time is"
+                    " known; pass time_input=(a, b), for a model that is fed a + b t, and sign="
+                )
+            line, known_sign = known or (None, 1.0)
+            time, sign = time or line.args, known_sign if sign is None else sign
+        else:
+            time = time or (-1, process.n_train)
+        self.line, self.scheduler = time, scheduler
+        self.net = _Inside(self.model, self.call, self.names, 1.0 if sign is None else sign)
+        self.null = _Null()
+        feed = functools.partial(_line, *self.line)
+        base = DiffusersDenoiser(self.net, process, predicts, feed, self.null)
+        base.null = self.null  # the same object, also where a wrapper keeps it
+        self.guided, self.predicts, self.t = self.guidance(base), predicts, None
+        if not isinstance(self.guided, Denoiser):
+            raise TypeError(
+                f"guidance must make a Denoiser from a Denoiser, got {type(self.guided).__name__}"
+            )
+
+    def _start(self, t):  # a new trajectory: forget the old
+        if self.t is None or t > self.t + 1e-9:
+            steps = torch.as_tensor(self.scheduler.timesteps).double().cpu()
+            N = self.guided.process.n_train
+            grid = torch.unique_consecutive((steps + 1) / N if N else steps / 1000)
+            grid = grid[grid <= t + 1e-6]
+            self.guided.start(torch.cat([grid, grid.new_zeros(int(grid[-1] > 0))]))
+            self.pending = None
+        self.t = t
+
+    def _ask(self, x, t, cond):
+        return self.guided(x, t, **cond).get(self.predicts).to(x.dtype) * self.net.sign
+
+    def __call__(self, *args, **kwargs):
+        said = dict(self.signature.bind(*args, **kwargs).arguments)
+        said |= said.pop("kwargs", {})
+        state, time = self.names
+        x, fed, plain = said.pop(state), said.pop(time), not said.pop("return_dict", True)
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"guide_pipeline needs a tensor as state, got {type(x).__name__}")
+        self._build()
+        a, b = self.line
+        t = (float(torch.as_tensor(fed).reshape(-1)[0]) - a) / b
+        self._start(t)
+        rows, half = _rows(said, len(x)), len(x) // 2
+        twice = len(x) % 2 == 0 and torch.equal(x[:half], x[half:])
+        twice = twice and getattr(self.pipe, "do_classifier_free_guidance", True)
+        if twice:
+            self.net.shared = _put(said, {k: v[half:] for k, v in rows.items()})
+            self._name({k: v[:half] for k, v in rows.items()})
+            g = self._ask(x[half:], t, {k: v[half:] for k, v in rows.items()})
+            out = torch.cat([g, g])
+        else:
+            out = self._in_turns(x, t, said, rows)
+        return (out,) if plain else _Reply((out,))
+
+    def _name(self, rows):  # the unconditional condition of this call
+        self.null.clear()
+        dict.update(self.null, rows)
+        self.null.missing = False
+
+    def _in_turns(self, x, t, said, rows):
+        if self.pending is not None:
+            at, y, cond, before, first = self.pending
+            self.pending = None
+            if at == t and torch.equal(x, y):  # the negative prompt: now both are known
+                self.net.shared = before
+                self._name(rows)
+                first.copy_(self._ask(x, t, cond))
+                return first.clone()
+            raise ValueError(
+                "the pipeline asked without a negative prompt: run it with guidance_scale > 1 (Flux"
+                " and Qwen: a negative prompt and true_cfg_scale > 1); the number does not matter"
+            )
+        self.net.shared, self.null.missing = said, True
+        try:
+            return self._ask(x, t, rows)
+        except LookupError as e:
+            if e.args != ("unconditional",):
+                raise
+        with torch.no_grad():
+            first = self.net(x, self.guided_time(t, x), **rows) * self.net.sign
+        self.pending = t, x.clone(), rows, said, first
+        return first
+
+    def guided_time(self, t, x):
+        a, b = self.line
+        return torch.full((len(x),), a + b * t, device=x.device, dtype=x.dtype)
+
+# %% ../../nbs/core/010_adapters.ipynb #c15d2049
+class guide_pipeline:  # noqa: N801 - used as a function
+    """Replace the guidance of a `diffusers` pipeline, for good or inside a `with` block; run it
+    with its own guidance switched on, at any scale."""
+
+    def __init__(
+        self,
+        pipe,  # a pipeline with a `unet` or a `transformer`
+        guidance: Callable,  # Denoiser -> Denoiser, e.g. lambda d: apg(d, 7.0)
+        # (a, b): the network is fed a + b t; default: by the network's class
+        time_input: tuple | None = None,
+        sign: float | None = None,  # of the network's output; default: by its class
+    ):
+        models = [getattr(pipe, n, None) for n in ("unet", "transformer", "transformer_2")]
+        models = [m for m in models if isinstance(m, torch.nn.Module)]
+        if not models or not hasattr(pipe, "scheduler"):
+            raise TypeError(
+                f"pipe must be a pipeline with a unet or a transformer and a scheduler, got"
+                f" {type(pipe).__name__}"
+            )
+        if "Lumina" in type(pipe).__name__:
+            raise ValueError(f"{type(pipe).__name__} orders its prompts in its own way")
+        if not callable(guidance):
+            raise TypeError(f"guidance must be a function of a denoiser, got {guidance!r}")
+        self.parts = [_Guided(pipe, m, guidance, time_input, sign) for m in models]
+
+    def remove(self) -> None:
+        "Give the pipeline its own guidance back."
+        for part in self.parts:
+            part.remove()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.remove()
+
+# %% ../../nbs/core/010_adapters.ipynb #468024c3
+def random_pipeline(
+    kind: str = "sd",  # "sd", "sdxl", "sd3" or "flux"
+    seed: int = 0,  # of the weights and of the prompts
+) -> tuple:  # (pipe, call): `pipe(**call)` gives two latents
+    "A small pipeline of `diffusers` with random weights, to try things on."
+    import diffusers as df
+
+    makers = {"sd": _sd, "sdxl": _sdxl, "sd3": _sd3, "flux": _flux}
+    if kind not in makers:
+        raise ValueError(f"kind must be one of {', '.join(makers)}, got {kind!r}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = df.AutoencoderKL(
+            block_out_channels=(8,),
+            latent_channels=4,
+            norm_num_groups=4,
+            down_block_types=("DownEncoderBlock2D",),
+            up_block_types=("UpDecoderBlock2D",),
+        )
+        pipe = makers[kind](df, vae.eval())
+    pipe.set_progress_bar_config(disable=True)
+    g, side = torch.Generator().manual_seed(seed + 1), 8 * pipe.vae_scale_factor
+    draw = lambda *n: torch.randn(*n, generator=g)
+    call = dict(height=side, width=side, output_type="latent")
+    for name in ("", "negative_"):
+        call[f"{name}prompt_embeds"] = draw(2, 7, 16)
+        if kind != "sd":
+            call[f"{name}pooled_prompt_embeds"] = draw(2, 8)
+    return pipe, call
+
+
+def _sd_scheduler(df):
+    how = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return df.DDIMScheduler(**how, clip_sample=False, timestep_spacing="trailing")
+
+
+def _unet(df, **more):
+    return df.UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        **more,
+    ).eval()
+
+
+def _sd(df, vae):
+    unet = _unet(df)
+    return df.StableDiffusionPipeline(
+        vae, None, None, unet, _sd_scheduler(df), None, None, requires_safety_checker=False
+    )
+
+
+def _sdxl(df, vae):
+    sizes = dict(addition_time_embed_dim=4, projection_class_embeddings_input_dim=6 * 4 + 8)
+    unet = _unet(df, addition_embed_type="text_time", **sizes)
+    # the second text encoder is asked for its width only
+    return df.StableDiffusionXLPipeline(
+        vae, None, None, None, None, unet, _sd_scheduler(df), add_watermarker=False
+    )
+
+
+def _sd3(df, vae):
+    transformer = df.SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+    ).eval()
+    flow, none = df.FlowMatchEulerDiscreteScheduler(shift=3.0), [None] * 6
+    return df.StableDiffusion3Pipeline(transformer, flow, vae, *none)
+
+
+def _flux(df, vae):
+    transformer = df.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=[4, 4, 8],
+    ).eval()
+    flow = df.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return df.FluxPipeline(flow, vae, None, None, None, None, transformer)

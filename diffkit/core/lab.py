@@ -156,12 +156,15 @@ class Spread:
         return self.n
 
 
+_seeds = seeds  # below, the name is a parameter
+
+
 def repeat(
     f,  # seed -> number, array, or dict of these
-    seeds=range(5),  # the seeds; all values are kept
+    seeds=None,  # the seeds; all values are kept; default: `seeds(5)`
 ) -> Spread | dict[str, Spread]:
     "Run an experiment over seeds and keep every value."
-    out = [f(s) for s in seeds]
+    out = [f(s) for s in (_seeds(5) if seeds is None else seeds)]
     if not out:
         raise ValueError("seeds must hold at least one seed, got none")
     value = lambda v: v.detach().cpu().numpy() if hasattr(v, "detach") else v
@@ -205,14 +208,6 @@ def verdict(
     low, high = mean - half, mean + half
     found = "yes" if high < 0 else "no" if low > 0 else "open"
     return Verdict(found, f"{n} seeds, difference {mean:.2g} [{low:.2g}, {high:.2g}]{more}", n)
-
-
-def _two_errors(a, b):  # the rule before Student's, until every notebook has the new one
-    d = np.atleast_1d(np.asarray(a, dtype=float) - np.asarray(b, dtype=float))
-    if not np.isfinite(d).all():
-        raise ValueError(f"a and b must be finite, got differences {d}")
-    bar = 2 * d.std(ddof=1) / len(d) ** 0.5 if len(d) > 1 else 0.0
-    return "yes" if d.mean() < -bar else "no" if d.mean() > bar else "open"
 
 
 def exact(
@@ -300,7 +295,7 @@ def claim(
     *,
     paper: str = "",  # the paper's own figure
     note: str = "",  # the reason, where a claim does not hold; what differs from the paper
-    check: str | list | bool | None = None,  # verdict computed from the measurement; a list: all
+    check: str | list | None = None,  # verdict computed from the measurement; a list: all
 ) -> Claim:
     """Put a claim on the scorecard; raises `AssertionError` where the measurement disagrees
     with `holds` at the quick scale and on the published seeds."""
@@ -313,10 +308,12 @@ def claim(
         )
     if isinstance(check, list | tuple):
         check = all_hold(*check)
-    if check is None or isinstance(check, str):
-        found = holds if check is None else check
-    else:
-        found = Verdict("yes" if check else "no", "a plain comparison")
+    if not (check is None or isinstance(check, str)):
+        raise TypeError(
+            "check must be a verdict or a list of verdicts, got"
+            f" {type(check).__name__}; where no chance is in it, say exact(...)"
+        )
+    found = holds if check is None else check
     if found not in known:
         raise ValueError(f"check must be a verdict or one of {', '.join(known)}, got {check!r}")
     if scale() == "quick" and seed_set() == 0 and found != holds:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import io
 import json
 import re
 import sys
+import tokenize
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,17 +89,56 @@ def notebook_code(
     return re.sub(r"^[%!].*$", "", "\n\n".join(code), flags=re.M)
 
 
+def _bare(
+    source: str,  # Python code
+) -> str:  # the same without comments, docstrings and empty lines
+    "The part of a source that can change a number."
+    lines = source.split("\n")
+    for t in tokenize.generate_tokens(io.StringIO(source).readline):
+        if t.type == tokenize.COMMENT:
+            row, column = t.start
+            lines[row - 1] = lines[row - 1][:column]
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
+            doc = node.body[0]
+            first = doc.lineno - 1
+            before = lines[first].encode()[: doc.col_offset].decode()
+            lines[first : doc.end_lineno] = [before] + [""] * (doc.end_lineno - doc.lineno)
+    return "\n".join(x.rstrip() for x in lines if x.strip())
+
+
+@functools.lru_cache
+def _bare_file(path: Path, stamp: int) -> bytes:  # of a module; the stamp is its age
+    return _bare(path.read_text(encoding="utf-8")).encode()
+
+
+def _data(path: Path, files: list[Path]) -> list[bytes]:  # what the modules of a closure read
+    names, place = {p.name for p in files}, _package() / "data"
+    out, listed = [], place / "papers.json"
+    if names & {"zoo.py", "data.py", "dag.py"}:
+        found = sorted(p for p in place.rglob("*") if p.is_file() and p != listed)
+        out += [p.name.encode() + p.read_bytes() for p in found]
+    if "papers.py" in names and listed.is_file():  # a paper's page shows its own record only
+        every = json.loads(listed.read_text(encoding="utf-8"))
+        own = [p for p in every if path.stem == f"{p['number']}_{p['slug']}"]
+        out.append(json.dumps(own or every, sort_keys=True).encode())
+    return out
+
+
 def code_key(
     path: Path,  # a notebook, or a Python file
 ) -> str:  # 16 hexadecimal digits
     "A name for what a result depends on: the code, the modules and data in its closure."
     path = Path(path)
     source = path.read_text(encoding="utf-8") if path.suffix == ".py" else notebook_code(path)
-    h, files = hashlib.sha256(source.encode()), closure(source)
-    if any(p.name in ("zoo.py", "data.py", "dag.py", "papers.py") for p in files):  # they read data
-        files += sorted(p for p in (_package() / "data").rglob("*") if p.is_file())
+    h, files = hashlib.sha256(_bare(source).encode()), closure(source)
+    if path.suffix == ".ipynb" and "core.records" not in source:
+        files = [p for p in files if p.name != "records.py"]  # it keeps results and makes none
     for p in files:
-        h.update(p.name.encode() + p.read_bytes())
+        h.update(p.name.encode() + _bare_file(p, p.stat().st_mtime_ns))
+    for part in _data(path, files):
+        h.update(part)
     return h.hexdigest()[:16]
 
 # %% ../../nbs/core/013_records.ipynb #b6fd47ea
@@ -150,6 +192,10 @@ def replicate(
     work = (delayed(lambda p, s: (p, s, run_one(p, seed_set=s)))(p, s) for p, s in todo)
     many = Parallel(n_jobs=jobs, return_as="generator_unordered")
     for p, s, row in tqdm(many(work), total=len(todo), disable=not progress, desc="replicate"):
+        if not row["claims"]:  # interrupted, or broken from the start: to be run again
+            said = f"{p.stem}, set {s}: no verdict, {row['failed']} failed cells; not kept"
+            warnings.warn(said, stacklevel=2)
+            continue
         record = records[p] or {"notebook": p.stem, "sets": {}}
         record["sets"][str(s)] = {
             "code": keys[p],
@@ -169,8 +215,12 @@ def replicated(
 ) -> tuple[int, int, bool]:  # sets with this verdict, sets that were run, is the code older?
     "On how many other sets of seeds a claim has the verdict that is published."
     sets = read_record("replication", path).get("sets", {})
-    found = [(r["verdicts"][says][0], r["code"]) for r in sets.values() if says in r["verdicts"]]
-    old = any(code != code_key(path) for _, code in found)
+    key, found = code_key(path), []
+    for r in sets.values():
+        # a verdict that is missing although the code is the same: its cell failed on those seeds
+        if says in r["verdicts"] or r["code"] == key:
+            found.append((r["verdicts"].get(says, [None])[0], r["code"]))
+    old = any(code != key for _, code in found)
     return sum(v == published for v, _ in found), len(found), old
 
 # %% ../../nbs/core/013_records.ipynb #58badcb5

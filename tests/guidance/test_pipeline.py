@@ -3,7 +3,12 @@ condition, and the same results where the formulas agree."""
 
 import pytest
 import torch
-from diffkit.core.adapters import DiffusersScheduler, from_diffusers
+from diffkit.core.adapters import (
+    DiffusersScheduler,
+    from_diffusers,
+    guide_pipeline,
+    random_pipeline,
+)
 from diffkit.core.denoiser import cfg, count_evals
 from diffkit.core.process import time_grid
 from diffkit.core.sampling import DDIM, sample
@@ -21,38 +26,7 @@ TOL = dict(rtol=1e-4, atol=2e-5)
 
 @pytest.fixture(scope="module")
 def pipe():
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    ).eval()
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8,),
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-    ).eval()
-    ddim = diffusers.DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
-    p = diffusers.StableDiffusionPipeline(
-        vae, None, None, unet, ddim, None, None, requires_safety_checker=False
-    )
-    p.set_progress_bar_config(disable=True)
-    return p
+    return random_pipeline("sd")[0]
 
 
 G = torch.Generator().manual_seed(1)
@@ -195,3 +169,86 @@ def test_every_guidance_under_the_scheduler_of_a_pipeline(pipe):
         pipe.scheduler = own
     for guided in (cfg(d, SCALE), apg(d, SCALE, eta=1.0), adaptive(d, SCALE, threshold=1.0)):
         assert_close(ours(guided, DPMSolverPP(order=2)), want, **TOL)
+
+
+# ---- guidance put into the pipeline: prompts, latents and the loop stay the pipeline's ----
+GUIDANCES = {
+    "cfg": lambda d: cfg(d, SCALE),
+    "cfg in an interval": lambda d: cfg(d, SCALE, interval=(0.3, 0.8)),
+    "apg": lambda d: apg(d, SCALE, eta=0.0, r=4.0, beta=-0.5),
+    "adaptive": lambda d: adaptive(d, SCALE, threshold=0.99),
+    "pag": lambda d: pag(d, 3.0, layers=["mid_block.attentions.0"]),
+}
+
+
+@pytest.mark.parametrize("name", GUIDANCES)
+def test_guidance_inside_a_pipeline_is_the_loop(pipe, name):
+    make, d = GUIDANCES[name], model(pipe)
+    before = theirs(pipe)
+    with guide_pipeline(pipe, make):
+        got = theirs(pipe, guidance_scale=2.0)  # the number does not matter
+        again = theirs(pipe, guidance_scale=9.0)
+    assert_close(got, ours(make(d)), **TOL)
+    assert_close(again, got, rtol=1e-4, atol=1e-5)
+    assert_close(theirs(pipe), before, rtol=0, atol=0)  # nothing stays behind
+
+
+def test_guidance_inside_a_pipeline_with_our_scheduler(pipe):
+    own, make = pipe.scheduler, GUIDANCES["apg"]
+    want = ours(make(model(pipe)), DPMSolverPP(2))
+    try:
+        pipe.scheduler = DiffusersScheduler(DPMSolverPP(2), like=own)
+        with guide_pipeline(pipe, make):
+            got = theirs(pipe)
+    finally:
+        pipe.scheduler = own
+    assert_close(got, want, **TOL)
+
+
+def test_guidance_that_needs_a_negative_prompt_says_so(pipe):
+    with guide_pipeline(pipe, GUIDANCES["cfg"]), pytest.raises(ValueError, match="negative prompt"):
+        theirs(pipe, guidance_scale=1.0)
+    with guide_pipeline(pipe, GUIDANCES["pag"]):  # this one needs none
+        got = theirs(pipe, guidance_scale=1.0)
+    assert_close(got, ours(GUIDANCES["pag"](model(pipe))), **TOL)
+
+
+def test_what_cannot_be_guided_is_refused(pipe):
+    with pytest.raises(TypeError, match="pipe must be a pipeline"):
+        guide_pipeline(object(), GUIDANCES["cfg"])
+    with guide_pipeline(pipe, lambda d: 3), pytest.raises(TypeError, match="guidance must make"):
+        theirs(pipe)
+
+
+SCALES = {"sdxl": "guidance_scale", "sd3": "guidance_scale", "flux": "true_cfg_scale"}
+
+
+def shown(p, said, **kw):
+    g = torch.Generator().manual_seed(3)
+    return p(**said, num_inference_steps=STEPS, generator=g, **kw).images
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_our_scheduler_in_other_pipelines(name):
+    (p, said), scale = random_pipeline(name), SCALES[name]
+    own, kw = p.scheduler, {scale: SCALE}
+    want = shown(p, said, **kw)
+    p.scheduler = DiffusersScheduler(DDIM(), like=own)
+    assert_close(shown(p, said, **kw), want, **TOL)
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_guidance_in_other_pipelines(name):
+    (p, said), scale = random_pipeline(name), SCALES[name]
+    want = shown(p, said, **{scale: SCALE})
+    with guide_pipeline(p, GUIDANCES["cfg"]):
+        got = shown(p, said, **{scale: 2.0})
+        assert_close(got, want, **TOL)
+    with guide_pipeline(p, GUIDANCES["apg"]):
+        one = shown(p, said, **{scale: 2.0})
+        two = shown(p, said, **{scale: 9.0})
+    assert_close(two, one, **TOL)
+    assert (one - want).abs().max() > 1e-3
+    with guide_pipeline(p, GUIDANCES["cfg"]), pytest.raises(ValueError, match="negative prompt"):
+        shown(p, said, **{scale: 1.0})
+    assert_close(shown(p, said, **{scale: SCALE}), want, rtol=0, atol=0)
