@@ -91,7 +91,9 @@ def test_constraint_holds_on_probabilities(seed, k):
     s = (2 * randn(2000, k, seed=seed)).softmax(1)
     mu = (s[:50].mean(0) + 1 / k) / 2  # between a local mean and uniform: certainly reachable
     b = fit_moment(s, mu)
-    assert ((s @ b).softmax(0) @ s - mu).abs().max() < 1e-8 and abs(b.sum()) < 1e-8
+    # the search ends where the dual's gain, about slope^2, is lost in rounding: the slope is then
+    # about sqrt(eps) = 1.5e-8
+    assert ((s @ b).softmax(0) @ s - mu).abs().max() < 1e-7 and abs(b.sum()) < 1e-8
 
 
 def test_energies_add_up_and_reach_the_latent_only():
