@@ -14,6 +14,7 @@ import inspect
 import operator
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from .denoiser import Denoiser, NetDenoiser, Prediction
@@ -83,6 +84,10 @@ def process_of(
         )
     kind = _kind(scheduler.config.get("prediction_type", "epsilon"))
     betas = torch.as_tensor(betas, dtype=torch.float64)
+    kept = torch.as_tensor(getattr(scheduler, "alphas_cumprod", (1 - betas).cumprod(0)))
+    kept = kept.double()
+    if (kept - (1 - betas).cumprod(0)).abs().max() > 1e-4:  # moved since, as by CogVideoX
+        betas = 1 - kept / torch.cat([kept.new_ones(1), kept[:-1]])
     if betas[-1] >= 1 - _NO_SIGNAL:
         if kind == "eps":
             raise ValueError(
@@ -277,7 +282,8 @@ def _their_nodes(
         return fed, torch.where((times - 1).abs() < 1e-5, 1.0, times)
     if isinstance(process, Flow):
         raise ValueError(f"like={name} is a flow without a table of sigmas: not known here")
-    fed = torch.unique_consecutive(fed)  # PNDM asks twice for its second node
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM adds the nodes of its own rule
+        fed = torch.as_tensor(scheduler._timesteps.copy()).flip(0)
     times = (fed.double() + 1) / process.n_train
     end = 0.0 if float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1 else process.t_min
     return fed, torch.cat([times, times.new_tensor([end])])
@@ -429,8 +435,9 @@ class _Schedule(SchedulerMixin, ConfigMixin):  # settings: the solver, and whose
         if said.get("final", "zero") not in ("zero", "sigma_min"):
             raise ValueError(f"final must be zero or sigma_min, got {said['final']!r}")
         _kind(said.get("prediction_type", "epsilon"))
-        if not said.get("shift", 1.0) > 0:
-            raise ValueError(f"shift must be positive, got {said['shift']}")
+        shift = said.get("shift", 1.0)
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not shift > 0:
+            raise ValueError(f"shift must be a positive number, got {shift!r}")
 
     def _lay_out(self, said, options):  # a schedule of our own
         if options:
@@ -445,6 +452,11 @@ class _Schedule(SchedulerMixin, ConfigMixin):  # settings: the solver, and whose
         betas, n = c["trained_betas"], c["num_train_timesteps"]
         if betas is not None and said.get("num_train_timesteps", len(betas)) != len(betas):
             raise ValueError(f"trained_betas has {len(betas)} entries, but num_train_timesteps={n}")
+        if "shift" in said and said["shift"] != 1 and self.kind != "flow":
+            raise ValueError(
+                f"shift={said['shift']} belongs to a flow, but prediction_type is"
+                f" {c['prediction_type']!r}"
+            )
         if self.kind == "flow":
             self.process = Flow()
             if c["timestep_spacing"] in ("linspace", "leading", "trailing"):
@@ -545,9 +557,14 @@ class _Timetable(_Schedule):
             raise ValueError("give timesteps= or sigmas=, not both")
         if num_inference_steps is None and not custom:
             raise ValueError("give num_inference_steps=, timesteps= or sigmas=")
+        for k, v in custom.items():
+            nodes = np.asarray(v.cpu() if isinstance(v, torch.Tensor) else v)
+            good = nodes.ndim == 1 and nodes.size and nodes.dtype.kind in "iuf"
+            if not (good and np.isfinite(nodes).all()):
+                raise ValueError(f"{k} must be a list of finite numbers, got {v!r}")
         if num_inference_steps is not None:
             n = num_inference_steps
-            if not hasattr(n, "__index__") or operator.index(n) < 1:
+            if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 1:
                 raise ValueError(f"num_inference_steps must be a positive integer, got {n!r}")
             num_inference_steps = operator.index(n)
         if self.like is not None and self.config.own_spacing is None:
@@ -559,12 +576,17 @@ class _Timetable(_Schedule):
         if (grid[:-1] <= grid[1:])[:-1].any() or grid[-1] > grid[-2] or not 0 < grid[0] <= 1:
             raise ValueError(
                 f"the nodes must decrease within the {len(self)} training steps, got"
-                f" {[round(float(v), 4) for v in fed]}; take fewer steps or another spacing"
+                f" {self._short(fed)}; take fewer steps or another spacing"
             )
         self.timesteps, self.grid, self._times = fed.to(device), grid, grid.tolist()
         self._fed = fed.double()
         self.num_inference_steps = len(fed)
         self._forget()
+
+    @staticmethod
+    def _short(nodes):  # a list, shown in an error
+        shown = [f"{float(v):.4g}" for v in nodes]
+        return ", ".join(shown if len(shown) <= 6 else [*shown[:3], "...", *shown[-2:]])
 
     def _their_table(self, n, custom, mu):
         how = custom | ({} if mu is None else dict(mu=mu))
@@ -620,8 +642,12 @@ class DiffusersScheduler(_Timetable):
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         "Start in the middle: what image-to-image pipelines call."
+        n = self.num_inference_steps
+        whole = hasattr(begin_index, "__index__") and not isinstance(begin_index, bool)
+        if not whole or begin_index < 0 or n is not None and begin_index >= n:
+            raise ValueError(f"begin_index must lie in 0 to {(n or 1) - 1}, got {begin_index!r}")
         self._forget()
-        self._begin = begin_index
+        self._begin = operator.index(begin_index)
 
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         "The network sees the state as it is."

@@ -214,6 +214,36 @@ def test_unknown_arguments_are_refused_by_name():
         s = DiffusersScheduler(dk.DDIM(), timestep_spacing="leading", steps_offset=1)
         s.set_timesteps(1000)
     DiffusersScheduler(dk.DDIM()).set_timesteps(np.int64(20))
+    with pytest.raises(ValueError, match="shift=3.0 belongs to a flow"):
+        DiffusersScheduler(dk.DDIM(), shift=3.0)
+    with pytest.raises(ValueError, match="shift must be a positive number"):
+        DiffusersScheduler(dk.DDIM(), prediction_type="flow_prediction", shift="3")
+    s = DiffusersScheduler(dk.DDIM())
+    for bad in ([], "karras", [float("nan"), 0.5]):
+        with pytest.raises(ValueError, match="sigmas must be a list of finite numbers"):
+            s.set_timesteps(sigmas=bad)
+    with pytest.raises(ValueError, match="must decrease"):
+        s.set_timesteps(sigmas=[0.1, 0.5])
+    s.set_timesteps(4)
+    for bad in (-1, 4, 0.5):
+        with pytest.raises(ValueError, match="begin_index must lie in 0 to 3"):
+            s.set_begin_index(bad)
+
+
+def test_pndm_is_read_without_the_nodes_of_its_own_rule():
+    for skip in (True, False):
+        ours = DiffusersScheduler(dk.DDIM(), like=D.PNDMScheduler(**SD, skip_prk_steps=skip))
+        ours.set_timesteps(4)
+        assert ours.timesteps.tolist() == [750, 500, 250, 0]
+
+
+def test_a_schedule_that_was_moved_after_its_betas_is_taken_over():
+    how = dict(timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False)
+    theirs = D.CogVideoXDDIMScheduler(**how)
+    assert theirs.config.snr_shift_scale == 3
+    ours = DiffusersScheduler(dk.DDIM(), like=theirs)
+    torch.testing.assert_close(ours.alphas_cumprod.double(), theirs.alphas_cumprod.double())
+    torch.testing.assert_close(run(ours), run(theirs), rtol=1e-3, atol=1e-4)
 
 
 def test_our_scheduler_is_read_like_any_other():
