@@ -154,14 +154,17 @@ class _Sample(torch.nn.Module):  # a diffusers model as net(x, t, **cond) -> ten
     def __init__(self, model, sign=1.0):
         super().__init__()
         self.model, self.sign = model, sign
-        forward = getattr(_bare(model), "forward", _bare(model))
+        self.names = self.find(getattr(_bare(model), "forward", _bare(model)))
+        self.rows = type(_bare(model)).__name__ == "ZImageTransformer2DModel"  # a list of videos
+
+    @classmethod
+    def find(cls, forward):  # the names of its state and of its time, None where it has neither
         try:
             names = inspect.signature(forward).parameters
         except (TypeError, ValueError):
             names = ()
         first = lambda known: next((n for n in known if n in names), None)
-        self.names = first(self.states), first(self.times)
-        self.rows = type(_bare(model)).__name__ == "ZImageTransformer2DModel"  # a list of videos
+        return first(cls.states), first(cls.times)
 
     def forward(self, x, t, **cond):
         state, time = self.names
@@ -830,8 +833,9 @@ class _Guided:  # stands in the place of one network's `forward`
     def __init__(self, pipe, model, guidance, time_input, sign):
         self.pipe, self.model, self.guidance = pipe, model, guidance
         self.time_input, self.sign = time_input, sign
-        self.call, self.signature = model.forward, inspect.signature(model.forward)
-        self.names = _Sample(model).names
+        self.before = model.__dict__.get("forward")  # of another guidance, or of a hook
+        self.call = self.before.call if isinstance(self.before, _Guided) else model.forward
+        self.signature, self.names = inspect.signature(self.call), _Sample.find(self.call)
         if None in self.names:
             raise ValueError(f"{type(model).__name__} has no arguments for the state and the time")
         self.scheduler = self.guided = self.pending = None
@@ -840,8 +844,8 @@ class _Guided:  # stands in the place of one network's `forward`
     def remove(self):
         if self.model.__dict__.get("forward") is self:
             del self.model.forward
-            if self.model.forward != self.call:  # it had one of its own, e.g. from a hook
-                self.model.forward = self.call
+            if self.before is not None:
+                self.model.forward = self.before
 
     def _build(self):
         scheduler = self.pipe.scheduler
@@ -944,7 +948,8 @@ class _Guided:  # stands in the place of one network's `forward`
 # %% ../../nbs/core/010_adapters.ipynb #c15d2049
 class guide_pipeline:  # noqa: N801 - used as a function
     """Replace the guidance of a `diffusers` pipeline, for good or inside a `with` block; run it
-    with its own guidance switched on, at any scale."""
+    with its own guidance switched on, at any scale. A second one replaces the first until it is
+    removed."""
 
     def __init__(
         self,

@@ -205,6 +205,17 @@ def test_guidance_inside_a_pipeline_with_our_scheduler(pipe):
     assert_close(got, want, **TOL)
 
 
+def test_a_second_guidance_replaces_the_first_until_it_is_removed(pipe):
+    plain = theirs(pipe)
+    first = guide_pipeline(pipe, GUIDANCES["apg"])
+    one = theirs(pipe)
+    with guide_pipeline(pipe, GUIDANCES["cfg"]):
+        assert_close(theirs(pipe, guidance_scale=2.0), plain, **TOL)
+    assert_close(theirs(pipe), one, rtol=0, atol=0)
+    first.remove()
+    assert_close(theirs(pipe), plain, rtol=0, atol=0)
+
+
 def test_guidance_that_needs_a_negative_prompt_says_so(pipe):
     with guide_pipeline(pipe, GUIDANCES["cfg"]), pytest.raises(ValueError, match="negative prompt"):
         theirs(pipe, guidance_scale=1.0)
