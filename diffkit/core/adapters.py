@@ -6,7 +6,6 @@
 # %% ../../nbs/core/010_adapters.ipynb #54ab58db
 from __future__ import annotations
 
-import copy
 import difflib
 import functools
 import importlib
@@ -663,8 +662,7 @@ class DiffusersScheduler(_Timetable):
         grid = self.grid[begin:]
         # where the last node is the end already, the last step does nothing
         grid = grid[:-1] if len(grid) > 2 and grid[-1] == grid[-2] else grid
-        self._run, self._step = copy.copy(self.solver), begin
-        self._run.start(self.process, grid, generator)
+        self._run, self._step = self.solver.begin(self.process, grid, generator), begin
 
     def _clean(self, new: Prediction) -> Prediction:  # clipped as `like` clips
         c = {} if self.like is None else self.like.config

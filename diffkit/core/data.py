@@ -213,8 +213,8 @@ class GaussianMixture:
 
     def score(self, x: torch.Tensor, alpha=1.0, sigma=0.0, label=None) -> torch.Tensor:
         "Gradient of `log_prob` in x."
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x = x.detach().clone().requires_grad_()
             return torch.autograd.grad(self.log_prob(x, alpha, sigma, label).sum(), x)[0]
 
     def noised(self, alpha: float, sigma: float) -> GaussianMixture:

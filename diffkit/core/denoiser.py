@@ -6,19 +6,23 @@ from a denoiser."""
 # %% ../../nbs/core/001_denoiser.ipynb #54fb1c00
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils import _pytree as tree
 
 from .data import GaussianMixture
-from .process import VP, Process, check_time, expand
+from .process import VP, Process, check_time, expand, widest
 
 # %% auto #0
-__all__ = ['KINDS', 'Prediction', 'combine', 'Denoiser', 'Counter', 'count_evals', 'NetDenoiser',
-           'MixtureDenoiser', 'EmpiricalDenoiser', 'guide', 'Guided', 'CFG', 'cfg', 'Contrast',
-           'contrast', 'ClassifierGuidance', 'classifier_guidance']
+__all__ = ['KINDS', 'Prediction', 'combine', 'map_rows', 'full_rows', 'Denoiser', 'Compiled',
+           'as_denoiser', 'Counter', 'count_evals', 'NetDenoiser', 'MixtureDenoiser',
+           'EmpiricalDenoiser', 'guide', 'lined_up', 'check_scale', 'check_interval', 'Guided',
+           'CFG', 'cfg', 'Contrast', 'contrast', 'ClassifierGuidance', 'classifier_guidance']
 
 # %% ../../nbs/core/001_denoiser.ipynb #b34cbcd4
 KINDS = ("x0", "eps", "v", "score", "flow")
@@ -212,6 +216,57 @@ def combine(
     )
 
 # %% ../../nbs/core/001_denoiser.ipynb #4859eeb1
+def map_rows(
+    cond,  # conditions: tensors, in dicts, lists and tuples too
+    n: int,  # samples
+    f: Callable,  # a tensor with one row a sample -> what stands in its place
+):  # the same structure
+    "Apply `f` to each tensor that has one row for each of n samples, and keep the rest."
+    own = lambda v: isinstance(v, torch.Tensor) and v.ndim and len(v) == n
+    return tree.tree_map(lambda v: f(v) if own(v) else v, cond)
+
+
+def full_rows(
+    cond: dict | None,  # conditions; a tensor has one row a sample, or one row for all
+    n: int,  # samples
+) -> dict:  # one row a sample everywhere
+    "Repeat the rows that hold for all samples; refuse what has neither one row nor n."
+    if not isinstance(cond, dict | None):
+        raise TypeError(
+            "cond must be a dict of the model's conditions by name, e.g. {'label': y}, got"
+            f" {type(cond).__name__}"
+        )
+    for path, v in tree.tree_flatten_with_path(cond or {})[0]:
+        if isinstance(v, torch.Tensor) and v.ndim and len(v) not in (1, n):
+            raise ValueError(
+                f"cond{tree.keystr(path)} must have one row a sample ({n}), or one row for all of"
+                f" them, got shape {tuple(v.shape)}"
+            )
+    return map_rows(cond or {}, 1, lambda v: v.repeat(n, *[1] * (v.ndim - 1)) if n > 1 else v)
+
+
+def _copied(module, grid):  # with the runs of the denoisers in it; itself if none remembers
+    new = {
+        k: m.begin(grid) if isinstance(m, Denoiser) else _copied(m, grid)
+        for k, m in module._modules.items()
+        if isinstance(m, Denoiser | nn.ModuleList | nn.ModuleDict)
+    }
+    if all(m is module._modules[k] for k, m in new.items()):
+        return module
+    out = copy.copy(module)
+    out._modules = {**module._modules, **new}
+    return out
+
+
+def _finished(module, run):  # the denoisers in it learn of theirs
+    for k, m in module._modules.items():
+        r = run._modules[k]
+        if isinstance(m, Denoiser):
+            m.finish(r)
+        elif r is not m:
+            _finished(m, r)
+
+
 class Denoiser(nn.Module):
     "`(x, t, **cond) -> Prediction`; subclasses set `process` and implement `forward`."
 
@@ -222,8 +277,45 @@ class Denoiser(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor | float, **cond) -> Prediction:
         raise NotImplementedError
 
+    def begin(
+        self,
+        grid: torch.Tensor | None = None,  # (steps + 1,) times, if known
+    ) -> Denoiser:  # for one trajectory: two of them never share a memory
+        "Copies of the wrappers that remember something, around the same networks."
+        run, remembers = _copied(self, grid), type(self).start is not Denoiser.start
+        if run is self and remembers:
+            run = copy.copy(self)
+            run._modules = dict(self._modules)
+        if run is not self:
+            run.__dict__.pop("outcome", None)
+        if remembers:
+            run.start(grid)
+        return run
+
+    def finish(self, run: Denoiser) -> None:
+        "Keep what the last run found, so that it can be read here and in all wrapped denoisers."
+        if run is not self:
+            self.__dict__["outcome"] = run
+            _finished(self, run)
+
+    @property
+    def latest(self) -> Denoiser:
+        "The run that was finished last; this object itself where it was called directly."
+        return self.__dict__.get("outcome", self)
+
+    def __getattr__(self, name):  # what a run found
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            run = self.__dict__.get("outcome")
+            if run is None or name.startswith("__"):
+                raise
+            return getattr(run, name)
+
     def start(self, grid: torch.Tensor | None = None) -> None:
-        "Forget the history of a trajectory, here and in all wrapped denoisers."
+        """Forget the history of a trajectory, here and in all wrapped denoisers: for loops of
+        your own."""
+        self.__dict__.pop("outcome", None)
         for child in self.children():
             if isinstance(child, Denoiser):
                 child.start(grid)
@@ -234,6 +326,48 @@ class Denoiser(nn.Module):
         for child in self.children():
             if isinstance(child, Denoiser):
                 child.reindex(idx)
+
+
+class Compiled(Denoiser):
+    "A denoiser behind `torch.compile`; each run that remembers something is compiled as it was."
+
+    def __init__(
+        self,
+        module: nn.Module,  # what `torch.compile(denoiser)` returned
+    ):
+        super().__init__()
+        self.inner, self.__dict__["module"] = module._orig_mod, module
+        self.process, self.null = self.inner.process, self.inner.null
+        self.stochastic = self.inner.stochastic
+
+    def begin(self, grid=None):
+        run = self.inner.begin(grid)
+        if run is self.inner:
+            return self
+        return Compiled(type(self.module)(run, self.module.dynamo_ctx))
+
+    def forward(self, x, t, **cond):
+        return self.module(x, t, **cond)
+
+
+def as_denoiser(
+    denoiser: nn.Module,  # a denoiser, compiled or not
+    name: str = "denoiser",  # the argument's name in the message
+) -> Denoiser:
+    "What is given as a denoiser, or a `TypeError` that says how to make one."
+    if isinstance(denoiser, Denoiser):
+        return denoiser
+    if isinstance(getattr(denoiser, "_orig_mod", None), Denoiser):
+        return Compiled(denoiser)
+    if isinstance(getattr(denoiser, "module", None), Denoiser):
+        raise TypeError(
+            f"{name} must be a Denoiser, got {type(denoiser).__name__} around one: put it around"
+            " the network, as in NetDenoiser(DataParallel(net), process, ...)"
+        )
+    raise TypeError(
+        f"{name} must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
+        " NetDenoiser(net, process, predicts=...)"
+    )
 
 
 class Counter(Denoiser):
@@ -248,14 +382,23 @@ class Counter(Denoiser):
             denoiser.null,
             denoiser.stochastic,
         )
+        self.counts = {}  # shared by its runs
         self.reset()
 
     def reset(self) -> None:
-        self.calls = self.rows = 0
+        self.counts.update(calls=0, rows=0)
+
+    @property
+    def calls(self) -> int:
+        return self.counts["calls"]
+
+    @property
+    def rows(self) -> int:
+        return self.counts["rows"]
 
     def forward(self, x, t, **cond):
-        self.calls += 1
-        self.rows += len(x)
+        self.counts["calls"] += 1
+        self.counts["rows"] += len(x)
         return self.inner(x, t, **cond)
 
 
@@ -330,9 +473,11 @@ class NetDenoiser(Denoiser):
         )
 
     def _time(self, t, x):
+        # a state of few bits would round the time: 999 is 1000 in bfloat16
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         if not isinstance(t, torch.Tensor) and not self.time_input and self.predicts != "edm":
             # made on the device: no copy, no wait
-            return torch.full((len(x),), self.process.net_time(t), dtype=x.dtype, device=x.device)
+            return torch.full((len(x),), self.process.net_time(t), dtype=wide, device=x.device)
         if not isinstance(t, torch.Tensor):
             t = torch.tensor(t, dtype=torch.float64)
         t = (
@@ -342,19 +487,32 @@ class NetDenoiser(Denoiser):
             if self.predicts == "edm"
             else self.process.net_time(t)
         )
-        return t.to(x.device, x.dtype).expand(len(x))
+        # integers stay integers; first the type, then the device, which may have no float64
+        return (t.to(wide) if t.is_floating_point() else t).to(x.device).expand(len(x))
+
+    def _ask(self, x, t, cond):  # the network's output; the first of several
+        out = self.net(x, t, **cond)
+        if isinstance(out, torch.Tensor):
+            return out
+        first = getattr(out, "sample", out[0] if isinstance(out, list | tuple) and out else None)
+        if isinstance(first, torch.Tensor):
+            return first
+        raise TypeError(
+            "a network must return a tensor of the shape of x, or a tuple that begins with it, got"
+            f" {type(out).__name__}"
+        )
 
     def forward(self, x, t, **cond):
         if self.predicts != "edm":
             return Prediction(
-                x, t, self.process, self.net(x, self._time(t, x), **cond), self.predicts
+                x, t, self.process, self._ask(x, self._time(t, x), cond), self.predicts
             )
         y, skip, out, c_in, _ = self._edm(t, x)
         return Prediction.of(
             x,
             t,
             self.process,
-            x0=(skip * y + out * self.net((c_in * y).to(x.dtype), self._time(t, x), **cond)).to(
+            x0=(skip * y + out * self._ask((c_in * y).to(x.dtype), self._time(t, x), cond)).to(
                 x.dtype
             ),
         )
@@ -397,7 +555,7 @@ class NetDenoiser(Denoiser):
             y, skip, scale, c_in, _ = self._edm(t, x)
             target, out = (
                 (x0 - skip * y) / scale,
-                self.net((c_in * y).to(x.dtype), self._time(t, x), **cond),
+                self._ask((c_in * y).to(x.dtype), self._time(t, x), cond),
             )
         else:
             a, s = expand(process.alpha(t), x0), expand(process.sigma(t), x0)
@@ -408,7 +566,12 @@ class NetDenoiser(Denoiser):
                 score=lambda: -eps / s,
                 flow=lambda: eps - x0,
             )[self.predicts]()
-            out = self.net(x, self._time(t, x), **cond)
+            out = self._ask(x, self._time(t, x), cond)
+        if out.shape != x.shape:  # it would be broadcast
+            raise ValueError(
+                f"the network's output must have the shape of x, {tuple(x.shape)}, got"
+                f" {tuple(out.shape)}"
+            )
         err = (out - target.to(out.dtype)).square().flatten(1).mean(1)
         return (err if weight is None else weight(process.log_snr(t)).to(err.dtype) * err).mean()
 
@@ -439,7 +602,7 @@ class MixtureDenoiser(Denoiser):
         check_time(t)
         # the schedule in float64, whatever x is: the exact denoiser must not carry a rounded noise
         # level
-        t64 = t.double() if isinstance(t, torch.Tensor) and t.device.type != "mps" else t
+        t64 = t.to(widest(t.device)) if isinstance(t, torch.Tensor) else t
         x0 = self.mixture.denoise(x, self.process.alpha(t64), self.process.sigma(t64), label)
         return Prediction.of(x, t, self.process, x0=x0)
 
@@ -480,6 +643,65 @@ def guide(
     return Prediction(anchor.x, anchor.t, anchor.process, out, space, anchor.extra)
 
 
+def lined_up(
+    conds: Sequence[dict],  # the conditions of several branches
+    n: int,  # samples
+) -> list[dict]:  # the same, with a row a sample wherever one of them has it
+    """What one branch has a row a sample of may be a number ({"label": 10}) or one row (a
+    negative prompt) in another: it becomes such rows."""
+    flat = [tree.tree_flatten_with_path(c) for c in conds]
+    own = lambda v, m: isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == m
+    like = {k: v for leaves, _ in flat for k, v in leaves if own(v, n)}
+
+    def rows(k, v):
+        if own(v, 1):
+            return v.expand(n, *v.shape[1:])
+        return torch.full_like(like[k], v) if k in like and isinstance(v, int | float) else v
+
+    return [tree.tree_unflatten([rows(k, v) for k, v in leaves], s) for leaves, s in flat]
+
+
+def check_scale(
+    # a number, one a sample (a tensor, a list, an array), or a function of time
+    scale: float | Sequence | torch.Tensor | Callable,
+    name: str = "scale",  # the argument's name in the message
+) -> float | torch.Tensor | Callable:  # the same; a list has become a tensor
+    "Raise what is no scale of a guidance."
+    if hasattr(scale, "__len__") and not isinstance(scale, str | dict | torch.Tensor):
+        try:
+            scale = torch.as_tensor(scale, dtype=torch.get_default_dtype())
+        except (TypeError, ValueError):
+            pass
+    if isinstance(scale, torch.Tensor):
+        finite = scale.ndim < 2 and (scale.device.type != "cpu" or bool(scale.isfinite().all()))
+    elif isinstance(scale, int | float) and not isinstance(scale, bool):
+        finite = math.isfinite(scale)
+    else:
+        finite = callable(scale)
+    if not finite:
+        raise (TypeError if scale is None or isinstance(scale, str) else ValueError)(
+            f"{name} must be a finite number, one number a sample, or a function of time, got"
+            f" {scale!r}"
+        )
+    return scale
+
+
+def check_interval(
+    interval: tuple[float, float],  # (low, high)
+) -> tuple[float, float]:
+    "Raise what is no interval of times."
+    try:
+        low, high = map(float, interval)
+        fits = 0 <= low <= high <= 1
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"interval must be (low, high) with 0 <= low <= high <= 1, got {interval!r}"
+        )
+    return tuple(interval)
+
+
 class Guided(Denoiser):
     "Base of what makes a denoiser from a denoiser."
 
@@ -489,22 +711,20 @@ class Guided(Denoiser):
         self,
         denoiser: Denoiser,  # the model to guide
         # a number, one a sample (B,), or a function of time
-        scale: float | torch.Tensor | Callable = 1.0,
+        scale: float | Sequence | torch.Tensor | Callable = 1.0,
         # condition of the unconditional branch, e.g. a negative prompt; default: the model's null
         uncond: dict | None = None,
         interval: tuple[float, float] = (0.0, 1.0),  # times between which guidance is on
         batched: bool = True,  # evaluate branches as one larger batch where conditions allow it
     ):
         super().__init__()
-        if not isinstance(denoiser, Denoiser):
+        denoiser = as_denoiser(denoiser)
+        if not isinstance(uncond, dict | None):
             raise TypeError(
-                f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
-                " NetDenoiser(net, process, predicts=...)"
+                "uncond must be a dict of conditions by name, e.g. {'label': 10}, got"
+                f" {type(uncond).__name__}"
             )
-        if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-            raise ValueError(
-                f"interval must be (low, high) with 0 <= low <= high <= 1, got {interval}"
-            )
+        scale, interval = check_scale(scale), check_interval(interval)
         self.inner, self.process, self.null, self.stochastic = (
             denoiser,
             denoiser.process,
@@ -552,35 +772,25 @@ class Guided(Denoiser):
     ) -> list[Prediction]:
         """Evaluate the inner denoiser once for each condition: one call on a concatenated batch
         where all conditions are tensors a sample, else one call each."""
-        B = len(x)
-        rowwise = lambda v: isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == B
-        # conditions with a value a sample: a plain number in another branch ({"label": 10}) becomes
-        # such a row
-        like = {k: v for c in conds for k, v in c.items() if rowwise(v)}
-        conds = [
-            {
-                k: torch.full_like(like[k], v) if k in like and isinstance(v, (int, float)) else v
-                for k, v in c.items()
-            }
-            for c in conds
-        ]
+        B, n, conds = len(x), len(conds), lined_up(conds, len(x))
+        flat, specs = zip(*map(tree.tree_flatten, conds))
+        shape = lambda v: v.shape[1:] if isinstance(v, torch.Tensor) and v.ndim else None
         one = (
             (self.batched if batched is None else batched)
-            and len(conds) > 1
-            and all(c.keys() == conds[0].keys() for c in conds)
+            and n > 1
+            and all(s == specs[0] for s in specs)
             and all(
-                rowwise(v) and v.shape[1:] == conds[0][k].shape[1:]
-                for c in conds
-                for k, v in c.items()
+                shape(v) is not None and len(v) == B and shape(v) == shape(w)
+                for leaves in flat
+                for v, w in zip(leaves, flat[0])
             )
         )
         if not one:
             return [self.inner(x, t, **c) for c in conds]
-        n = len(conds)
         many = self.inner(
             x.repeat(n, *[1] * (x.ndim - 1)),
             t.repeat(n) if isinstance(t, torch.Tensor) and t.ndim else t,
-            **{k: torch.cat([c[k] for c in conds]) for k in conds[0]},
+            **tree.tree_unflatten([torch.cat(v) for v in zip(*flat)], specs[0]),
         )
         return [many.map(lambda a, i=i: a[i * B : (i + 1) * B]) for i in range(n)]
 
@@ -623,6 +833,7 @@ class Contrast(Guided):
         interval: tuple[float, float] = (0.0, 1.0),
     ):
         super().__init__(denoiser, scale, interval=interval)
+        bad = as_denoiser(bad, "bad")
         if bad.process != denoiser.process:
             raise ValueError(
                 f"both denoisers must have one process, got {denoiser.process!r} and"
@@ -669,9 +880,9 @@ class ClassifierGuidance(Guided):
         p = self.inner(x, t, **{k: v for k, v in cond.items() if k not in self.takes})
         if not self.active(t):
             return p
-        keep = torch.is_grad_enabled()
-        with torch.enable_grad():
-            y = x if keep and x.requires_grad else x.detach().requires_grad_()
+        keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        with torch.inference_mode(False), torch.enable_grad():
+            y = x if keep and x.requires_grad else x.detach().clone().requires_grad_()
             (grad,) = torch.autograd.grad(
                 self.log_prob(y, t, **cond).sum(), y, create_graph=keep and x.requires_grad
             )

@@ -70,12 +70,14 @@ class Conditioning(nn.Module):
         t: torch.Tensor | float,  # (B,) or () or a float: times
         label: torch.Tensor | int | None = None,  # (B,) or () or an int; None is the null class
     ) -> torch.Tensor:  # (B, dim)
-        B, t = len(x), torch.as_tensor(t, device=x.device).to(x.dtype)
+        B, t = len(x), torch.as_tensor(t, device=x.device)
         if t.shape not in ((), (1,), (B,)):
             raise ValueError(
                 f"t has shape {tuple(t.shape)}; with a batch of {B} it must be () or ({B},)"
             )
-        c = self.time(t.expand(B))
+        # a time keeps its precision up to the sines: bfloat16 has three digits
+        t = t if t.is_floating_point() else t.to(torch.float32)
+        c = self.time[1:](self.time[0](t.expand(B)).to(x.dtype))
         if self.classes is None:
             if label is not None:
                 raise ValueError(

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['SPACINGS', 'expand', 'check_time', 'Process', 'VP', 'Cosine', 'Discrete', 'VE', 'EDM',
-           'Flow', 'check_grid', 'time_grid']
+__all__ = ['SPACINGS', 'expand', 'widest', 'check_time', 'Process', 'VP', 'Cosine', 'Discrete',
+           'VE', 'EDM', 'Flow', 'check_grid', 'time_grid']
 
 # %% ../../nbs/core/000_process.ipynb #1e892b35
 def expand(
@@ -22,6 +22,11 @@ def expand(
 ) -> torch.Tensor | float:  # v with axes of length 1 appended, so that it broadcasts over samples
     "Line up a value per sample with the axes of `x`."
     return v.reshape(v.shape + (1,) * (x.ndim - 1)) if isinstance(v, torch.Tensor) and v.ndim else v
+
+
+def widest(device: torch.device | str) -> torch.dtype:
+    "The widest floating type of a device: Apple's has no float64."
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def check_time(
@@ -65,7 +70,7 @@ class Process:
             check_time(t)
         if not isinstance(t, torch.Tensor):
             return f(torch.tensor(t, dtype=torch.float64))
-        work = torch.float32 if t.device.type == "mps" else torch.float64
+        work = widest(t.device)
         return f(t.to(work)).to(t.dtype if t.is_floating_point() else work)
 
     def alpha(
@@ -104,8 +109,8 @@ class Process:
         sigma^2/dt - 2 c sigma^2`."""
 
         def f(u):
-            with torch.enable_grad():
-                u = u.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                u = u.detach().clone().requires_grad_()
                 a, var = self._alpha(u), self._var(u)
                 da, dv = (torch.autograd.grad(y.sum(), u)[0] for y in (a, var))
             c = da / a.detach()
@@ -122,8 +127,8 @@ class Process:
         + sigma' eps`."""
 
         def f(u):
-            with torch.enable_grad():
-                u = u.detach().requires_grad_()
+            with torch.inference_mode(False), torch.enable_grad():
+                u = u.detach().clone().requires_grad_()
                 a, s = self._alpha(u), self._var(u).sqrt()
                 return torch.stack([torch.autograd.grad(y.sum(), u)[0] for y in (a, s)])
 

@@ -6,6 +6,7 @@ judged by."""
 # %% ../../nbs/core/002_sampling.ipynb #78b4eccf
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -14,10 +15,18 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+from torch.utils import _pytree as tree
 
 from .data import GaussianMixture
-from .denoiser import Denoiser, MixtureDenoiser, Prediction
-from .process import VP, Process, check_grid, expand, time_grid
+from diffkit.core.denoiser import (
+    Denoiser,
+    MixtureDenoiser,
+    Prediction,
+    as_denoiser,
+    full_rows,
+    map_rows,
+)
+from .process import VP, Process, check_grid, expand, time_grid, widest
 
 # %% auto #0
 __all__ = ['Node', 'Row', 'first_order', 'Solver', 'MultistepSolver', 'DDIM', 'Ancestral', 'Euler',
@@ -65,21 +74,55 @@ _ZERO = torch.zeros(())  # 0 + a x: a product with a number takes twice as long 
 
 # %% ../../nbs/core/002_sampling.ipynb #f7473173
 class Solver:
-    "One update rule. `start` forgets the past, `step` moves the state from time t to time s < t."
+    """One update rule: settings. `begin` makes a run of it, a copy that holds the state of one
+    trajectory; `step` moves that state from time t to time s < t."""
 
     evals_per_step: int = 1  # calls of `denoise` a step
     reuses: bool = False  # True: combines predictions, so a stochastic denoiser is refused
+
+    outcome: Solver | None = None  # the run that was finished last
+
+    def begin(
+        self,
+        process: Process,  # of the denoiser
+        grid: torch.Tensor,  # (steps + 1,) times
+        generator: torch.Generator | list | None = None,  # for solvers that draw noise
+    ) -> Solver:  # a run: two of them never share a state
+        "A run of this solver along a grid; the solver itself stays as it is."
+        run = copy.copy(self)
+        run.outcome = None
+        run.start(process, grid, generator)
+        return run
 
     def start(
         self,
         process: Process,  # of the denoiser
         grid: torch.Tensor,  # (steps + 1,) times
-        generator: torch.Generator | None = None,  # for solvers that draw noise
+        generator: torch.Generator | list | None = None,  # for solvers that draw noise
     ) -> None:
-        "Forget the history; compute what the grid determines."
+        "Forget the history; compute what the grid determines. Called by `begin`, on the run."
         self.process, self.generator = process, generator
         self.times = tuple(check_grid(grid).tolist())
         self.i = 0
+
+    def finish(self, run: Solver) -> None:
+        "Keep the run that is over, so that it can be read here and in all wrapped solvers."
+        self.outcome = run
+        for k, v in vars(run).items():
+            mine = self.__dict__.get(k)
+            if isinstance(v, Solver) and isinstance(mine, Solver) and k != "outcome":
+                mine.finish(v)
+
+    @property
+    def latest(self) -> Solver:
+        "The run that was finished last; this object itself where there was none."
+        return self.outcome or self
+
+    def __getattr__(self, name):  # what a run found can be read here when it is over
+        run = self.__dict__.get("outcome")
+        if run is None or name.startswith("__"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(run, name)
 
     def evals(self, n_steps: int) -> int:
         "Calls of the denoiser in n steps: warm-ups and mixed orders cost extra."
@@ -108,6 +151,11 @@ class Solver:
                 f"{type(self).__name__} adds Gaussian noise, which {self.process!r} does not have"
             )
         g = self.generator
+        if isinstance(g, list | tuple):  # one a sample: it does not depend on its batch
+            if len(g) != len(x):
+                raise ValueError(f"generator has {len(g)} entries, but the batch has {len(x)} rows")
+            like = dict(dtype=x.dtype, device=g[0].device)
+            return torch.stack([torch.randn(x.shape[1:], generator=r, **like) for r in g]).to(x)
         if g is None or g.device == x.device:
             return torch.randn(x.shape, generator=g, dtype=x.dtype, device=x.device)
         return torch.randn(x.shape, generator=g, dtype=x.dtype, device=g.device).to(x.device)
@@ -152,6 +200,8 @@ class MultistepSolver(Solver):
 
     kind = "x0"  # the parametrisation that the table combines
     order = 1  # predictions that a row may use
+    # True: fewer towards the end; "auto": towards each step over twice as long as the one before
+    lower_order_final: bool | str = False
 
     def row(self, nodes: list[Node], target: Node, i: int | torch.Tensor, n: int) -> Row:
         """Coefficients of the update from nodes[0] to the target, the past newest first; as
@@ -162,8 +212,11 @@ class MultistepSolver(Solver):
     def order_at(self, i: int, n: int) -> int:
         """Order of step i of n: low at the start, for want of a past, and first order where a
         row would not be finite."""
-        k = min(self.order, i + 1)
-        return 1 if self.sigmas[i + 1] == 0 else k
+        return 1 if self.sigmas[i + 1] == 0 else self.lowered(min(self.order, i + 1), i, n)
+
+    def lowered(self, k: int, i: int, n: int) -> int:
+        "The order k of step i of n, less where `lower_order_final` says so."
+        return min(k, 1 + next((j - i for j in self.firsts if j >= i), n))
 
     def kind_at(self, order: int) -> str:
         "The parametrisation that a row of so many predictions combines."
@@ -185,6 +238,7 @@ class MultistepSolver(Solver):
         # the whole schedule in three calls
         table = Node.at(process, torch.tensor(self.times, dtype=torch.float64))
         self.alphas, self.sigmas = table.alpha.tolist(), table.sigma.tolist()
+        self.firsts = self._firsts(table.lam, n)
         self.orders = [self.order_at(i, n) for i in range(n)]
         self.rows = [None] * n
         # all steps of one order at once: a row is written with tensor operations
@@ -206,6 +260,15 @@ class MultistepSolver(Solver):
                     f" t={self.times[i + 1]:.4g} of {process!r} (log_snr {table.lam[i]:.4g} to"
                     f" {table.lam[i + 1]:.4g}): start below 1 or end above 0"
                 )
+
+    def _firsts(self, lam, n):  # the steps that `lower_order_final` makes first order
+        if self.lower_order_final not in (True, False, "auto"):
+            raise ValueError(
+                f"lower_order_final must be True, False or 'auto', got {self.lower_order_final!r}"
+            )
+        h = lam.diff()
+        long = (h[1:] > 2 * h[:-1]).nonzero() + 1 if self.lower_order_final == "auto" else h[:0]
+        return [n - 1] if self.lower_order_final is True else long.flatten().tolist()
 
     def step(self, denoise, x, t, s):
         return self.advance(denoise(x, t), x, s)
@@ -300,8 +363,8 @@ class DDIM(MultistepSolver):
 
 
 class Ancestral(MultistepSolver):
-    """DDPM's reverse step on any subsequence of times, the last step free of noise. Source: Ho
-    et al. 2020, eq. (7)."""
+    """DDPM's reverse step on any subsequence of times; a step to clean data adds no noise.
+    Source: Ho et al. 2020, eq. (7)."""
 
     def __init__(
         self,
@@ -318,10 +381,10 @@ class Ancestral(MultistepSolver):
         keep = -torch.expm1(-2 * _h(nodes[0], target))  # 1 - e^-2h
         a = target.sigma / nodes[0].sigma * torch.exp(-_h(nodes[0], target))
         c = (target if self.variance == "small" else nodes[0]).sigma * keep.sqrt()
-        return Row(a, (target.alpha * keep,), c * (i < n - 1))
+        return Row(a, (target.alpha * keep,), c * (target.sigma > 0))
 
     def update(self, x, history, s, i, n):
-        if self.variance != "learned" or i == n - 1:
+        if self.variance != "learned" or self.sigmas[i + 1] == 0:
             return super().update(x, history, s, i, n)
         a, b, large = self.coefficients(history, s, i, n)
         v = history[-1].extra.get("variance")
@@ -350,7 +413,7 @@ class Euler(MultistepSolver):
 
 
 class EulerMaruyama(MultistepSolver):
-    """Euler on the reverse SDE, the last step free of noise. Source: Song et al. 2021,
+    """Euler on the reverse SDE; a step to clean data adds no noise. Source: Song et al. 2021,
     algorithm of section 4.1."""
 
     def __init__(
@@ -365,7 +428,7 @@ class EulerMaruyama(MultistepSolver):
         return Row(
             1 + dt * (c + g2 / node.sigma**2),
             (-dt * g2 * node.alpha / node.sigma**2,),
-            (g2 * -dt).sqrt() * (i < n - 1),
+            (g2 * -dt).sqrt() * (target.sigma > 0),
         )
 
 
@@ -408,11 +471,7 @@ def check_run(
     cond: dict | None = None,  # conditions
 ) -> list[float]:  # the times of the grid
     "Raise what `sample` refuses, before any work is done."
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
-            " NetDenoiser(net, process, predicts=...)"
-        )
+    denoiser = as_denoiser(denoiser)
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be a Solver instance, e.g. DDIM(), got {solver!r}")
     if not isinstance(x, torch.Tensor) or x.ndim < 1:
@@ -422,24 +481,23 @@ def check_run(
             f"{type(solver).__name__} combines several predictions, but this denoiser draws noise"
             " of its own; use DDIM or Ancestral"
         )
-    for k, v in (cond or {}).items():
-        if isinstance(v, torch.Tensor) and v.ndim and len(v) not in (1, len(x)):
-            raise ValueError(
-                f"cond[{k!r}] must have one row a sample ({len(x)}), got shape {tuple(v.shape)}"
-            )
-    p = next((q for q in denoiser.parameters()), None)
-    if p is not None and p.device != x.device:
-        raise ValueError(f"x is on {x.device}, but the model is on {p.device}")
-    if (
-        p is not None
-        and x.is_floating_point()
-        and p.is_floating_point()
-        and p.dtype != x.dtype
-        and not torch.is_autocast_enabled(x.device.type)
-    ):
-        raise ValueError(f"x has dtype {x.dtype}, but the model has {p.dtype}; convert one of them")
-    g = check_grid(grid)
-    return g.tolist()
+    full_rows(cond, len(x))
+    return check_grid(grid).tolist()
+
+
+def _why(denoiser: Denoiser, x: torch.Tensor, error: RuntimeError) -> Exception:
+    """What to say of an error in the first step: where a model is, and of what type, is judged
+    only when it fails, because offloaded, mixed and self-casting models work."""
+    ps = [p for p in denoiser.parameters() if p.is_floating_point()]
+    if not ps or not x.is_floating_point():
+        return error
+    if all(p.device != x.device for p in ps):
+        return ValueError(f"x is on {x.device}, but the model is on {ps[0].device}")
+    if all(p.dtype != x.dtype for p in ps):
+        return ValueError(
+            f"x has dtype {x.dtype}, but the model has {ps[0].dtype}; convert one of them"
+        )
+    return error
 
 
 def trace(
@@ -456,22 +514,16 @@ def trace(
     "The loop over time as a stream of states, the start included."
     times = check_run(denoiser, solver, x, grid, cond)
     # a generator of its own, so that bad input raises at the call and not at the first state
-    return _trace(denoiser, solver, x, times, cond or {}, generator, grad, check)
+    return _trace(as_denoiser(denoiser), solver, x, times, cond, generator, grad, check)
 
 # %% ../../nbs/core/002_sampling.ipynb #41a67136
 class BoundDenoiser:
     """The denoiser with its conditions, as the loop hands it to `Solver.step`: `(x, t) ->
     Prediction`."""
 
-    def __init__(self, denoiser: Denoiser, cond: dict, batch: int):
-        # rows and prediction of the last call
-        self.denoiser, self.cond, self.batch, self.rows, self.last = (
-            denoiser,
-            cond,
-            batch,
-            batch,
-            None,
-        )
+    def __init__(self, denoiser: Denoiser, cond: dict | None, batch: int):
+        self.denoiser, self.cond, self.batch = denoiser, full_rows(cond, batch), batch
+        self.rows, self.last = batch, None  # rows and prediction of the last call
 
     def cond_for(self, n: int) -> dict:  # conditions for n rows
         """The conditions, each repeated in place where a solver tries m candidates a sample
@@ -483,14 +535,7 @@ class BoundDenoiser:
                 f"a solver called the model with {n} rows, which is no multiple of the batch of"
                 f" {self.batch}"
             )
-        return {
-            k: (
-                v.repeat_interleave(n // self.batch, 0)
-                if isinstance(v, torch.Tensor) and v.ndim and len(v) == self.batch
-                else v
-            )
-            for k, v in self.cond.items()
-        }
+        return map_rows(self.cond, self.batch, lambda v: v.repeat_interleave(n // self.batch, 0))
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor | float) -> Prediction:
         self.rows, self.last = len(x), self.denoiser(x, t, **self.cond_for(len(x)))
@@ -499,26 +544,24 @@ class BoundDenoiser:
     def reindex(self, idx: torch.Tensor) -> None:
         """Say that row i goes on from row idx[i] of the last call: what wrappers remember a
         sample follows. A solver that resamples calls this."""
-        for (k, v), w in zip(self.cond_for(self.rows).items(), self.cond_for(len(idx)).values()):
-            if (
-                isinstance(v, torch.Tensor)
-                and v.ndim
-                and len(v) == self.rows
-                and not torch.equal(v[idx], w)
-            ):
+        before, after = (
+            tree.tree_flatten_with_path(self.cond_for(n))[0] for n in (self.rows, len(idx))
+        )
+        for (k, v), (_, w) in zip(before, after):
+            own = isinstance(v, torch.Tensor) and v.ndim and len(v) == self.rows
+            if own and not torch.equal(v[idx], w):
                 raise ValueError(
-                    f"resampling would carry a sample to another condition: cond[{k!r}] differs"
-                    " within a group; resample within groups of equal conditions"
+                    f"resampling would carry a sample to another condition: cond{tree.keystr(k)}"
+                    " differs within a group; resample within groups of equal conditions"
                 )
         self.denoiser.reindex(idx)
         self.rows, self.last = len(idx), None if self.last is None else self.last.index(idx)
 
 # %% ../../nbs/core/002_sampling.ipynb #57d53ddb
 def _trace(denoiser, solver, x, times, cond, generator, grad, check):
-    denoise = BoundDenoiser(denoiser, cond, len(x))
-    denoiser.start(torch.tensor(times, dtype=torch.float64))
-    solver.start(denoiser.process, torch.tensor(times, dtype=torch.float64), generator)
-    finite = []
+    grid = torch.tensor(times, dtype=torch.float64)
+    guided, run = denoiser.begin(grid), solver.begin(denoiser.process, grid, generator)
+    denoise, finite = BoundDenoiser(guided, cond, len(x)), []
 
     def bad(i):
         return FloatingPointError(
@@ -531,7 +574,12 @@ def _trace(denoiser, solver, x, times, cond, generator, grad, check):
     yield State(0, times[0], x, None)
     for i, (t, s) in enumerate(zip(times, times[1:])):
         with nullcontext() if grad else torch.no_grad():
-            x = solver.step(denoise, x, t, s)
+            try:
+                x = run.step(denoise, x, t, s)
+            except RuntimeError as e:
+                if i or (why := _why(denoiser, x, e)) is e:
+                    raise
+                raise why from e
         if check and x.is_floating_point():
             # one pass: a sum is finite only if every entry is; a large sum may overflow, so look
             # again before complaining
@@ -550,6 +598,8 @@ def _trace(denoiser, solver, x, times, cond, generator, grad, check):
         yield State(i + 1, s, x, denoise.last)
     if finite and not (f := torch.stack(finite)).all():
         raise bad(int((~f).nonzero()[0]))
+    solver.finish(run)
+    denoiser.finish(guided)
 
 
 def sample(
@@ -647,7 +697,7 @@ def exact_flow(
 
 def rms(a: torch.Tensor, b: torch.Tensor) -> float:
     "Root mean square difference over all coordinates."
-    return (a - b).double().square().mean().sqrt().item()
+    return (a - b).to(widest(a.device)).square().mean().sqrt().item()
 
 
 def solver_errors(

@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.denoiser import KINDS, Denoiser, Guided, Prediction, combine
+from diffkit.core.denoiser import (
+    KINDS,
+    Denoiser,
+    Guided,
+    Prediction,
+    as_denoiser,
+    combine,
+    lined_up,
+    map_rows,
+)
 from ..core.process import check_grid, expand
 from ..core.sampling import DDIM, Solver, sample
 from .apg import _same, _wide
@@ -40,10 +49,6 @@ def _pick(mask, a, b):  # a where the mask holds, else b; a mask is one truth va
     if isinstance(mask, torch.Tensor) and mask.ndim:
         return torch.where(mask, a, b)
     return a if mask else b
-
-
-def _rowwise(v, n):  # a tensor with an entry a sample
-    return isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == n
 
 
 class _Memory:  # of one trajectory: what held above the time t, and what holds after the call at t
@@ -101,23 +106,15 @@ class _PerTrajectory(Guided):
 
     def null_rows(self, cond, n):
         # {"label": 10} becomes a row a sample where the user's label has one, as in `branch`
-        rows = self.null_cond(cond)
-        for k, v in rows.items():
-            if isinstance(v, (int, float)) and _rowwise(cond.get(k), n):
-                rows[k] = torch.full_like(cond[k], v)
-        return rows
+        return lined_up([cond, self.null_cond(cond)], n)[1]
 
     def reindex(self, idx):
-        def pick(v, n):
-            if isinstance(v, tuple):
-                return tuple(pick(u, n) for u in v)
-            return v[idx] if _rowwise(v, n) else v
-
+        pick = lambda v, n: map_rows(v, n, lambda u: u[idx])
         kept = []
         for cond, m in self.memories:
             if m.like is not None:
                 n = m.like[0][0]
-                cond = {k: pick(v, n) for k, v in cond.items()}
+                cond = pick(cond, n)
                 m.t, m.before, m.now = pick(m.t, n), pick(m.before, n), pick(m.now, n)
                 m.history = [pick(h, n) for h in m.history]
                 m.like = (torch.Size((len(torch.empty(n)[idx]), *m.like[0][1:])), *m.like[1:])
@@ -150,8 +147,7 @@ class AdaptiveGuidance(_PerTrajectory):
         if not 0 <= after < 1:
             raise ValueError(f"after must lie in [0, 1), got {after}")
         super().__init__(denoiser, scale, uncond, interval, batched)
-        if bad is not None and not isinstance(bad, Denoiser):
-            raise TypeError(f"bad must be a Denoiser or None, got {type(bad).__name__}")
+        bad = None if bad is None else as_denoiser(bad, "bad")
         if bad is not None and bad.process != denoiser.process:
             raise ValueError(
                 f"both denoisers must have one process, got {denoiser.process!r} and"
@@ -166,15 +162,16 @@ class AdaptiveGuidance(_PerTrajectory):
         """A tuple for each time: the time, the cosines (B,), nan where nothing was compared, and
         who was guided (B,). Of the last trajectory, or of the first one where an outer guidance
         asks for several."""
-        return self.memories[0][1].history if self.memories else []
+        memories = self.latest.memories
+        return memories[0][1].history if memories else []
 
     def second(self, x, t, cond, rows):
         # the unconditional (or bad) prediction, on some rows only
         n = len(x)
         model = self.inner if self.bad is None else self.bad
         over = self.null_rows(cond, n) if self.bad is None else cond
-        part = lambda v: v[rows] if _rowwise(v, n) else v
-        return model(x[rows], part(t), **{k: part(v) for k, v in over.items()})
+        t, over = map_rows((t, over), n, lambda v: v[rows])
+        return model(x[rows], t, **over)
 
     def _combined(self, x, t, cond, w, on):
         # the guided prediction of the rows that are on, and their cosines; the others' is the

@@ -6,14 +6,16 @@ prediction, cap its length, and damp it from step to step."""
 # %% ../../nbs/guidance/302_apg.ipynb #3f301e77
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.utils import _pytree as tree
 
 from ..core.denoiser import KINDS, Denoiser, Guided, guide
-from ..core.process import expand
+from ..core.process import expand, widest
 from ..core.sampling import DDIM, Solver, sample
 
 # %% auto #0
@@ -21,7 +23,7 @@ __all__ = ['project', 'clip_norm', 'APG', 'ProjectedGuidance', 'apg', 'Norms', '
 
 # %% ../../nbs/guidance/302_apg.ipynb #b4ee9f50
 def _wide(x):  # norms and projections are done in the widest type the device has
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.to(widest(x.device))
 
 
 def _event(dims, x):  # the dimensions of one sample, counted from the front
@@ -175,7 +177,7 @@ class APG:
         )
 
 # %% ../../nbs/guidance/302_apg.ipynb #f455301e
-def _same(a, b):  # two conditions: the same objects, or equal ones
+def _same(a, b):  # two conditions: the same objects, or equal ones, nested or not
     def equal(v, w):
         if v is w:
             return True
@@ -183,7 +185,8 @@ def _same(a, b):  # two conditions: the same objects, or equal ones
             return not isinstance(v, torch.Tensor) and not isinstance(w, torch.Tensor) and v == w
         return v.shape == w.shape and v.device == w.device and torch.equal(v, w)
 
-    return a.keys() == b.keys() and all(equal(v, b[k]) for k, v in a.items())
+    (u, first), (v, second) = tree.tree_flatten(a), tree.tree_flatten(b)
+    return first == second and all(map(equal, u, v))
 
 
 class ProjectedGuidance(Guided):
@@ -207,6 +210,7 @@ class ProjectedGuidance(Guided):
     def start(self, grid=None):
         self.memories = []
         if hasattr(self.shaper, "start"):
+            self.shaper = copy.copy(self.shaper)
             self.shaper.start()
         super().start(grid)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.denoiser import Denoiser
-from ..core.process import Process, check_time
+from ..core.process import Process, check_time, widest
 from ..core.sampling import Solver
 
 # %% auto #0
@@ -47,7 +47,8 @@ class MaskedProcess(Process):
         "Mask clean tokens; `eps` are uniform numbers, where a result must be reproducible."
         self.check(x0)
         if eps is None:
-            eps = torch.rand(x0.shape, generator=generator, device=x0.device, dtype=torch.float64)
+            like = dict(device=x0.device, dtype=widest(x0.device))
+            eps = torch.rand(x0.shape, generator=generator, **like)
         m = self.masked(t).to(x0.device)
         return torch.where(eps < m.reshape(m.shape + (1,) * (x0.ndim - m.ndim)), self.mask, x0)
 
@@ -195,6 +196,6 @@ class Unmask(Solver):
         p, m = denoise(x, t), self.process
         m_t, m_s = m.masked(t), m.masked(s)
         go = ((m_t - m_s) / m_t).to(x.device)
-        u = torch.rand(x.shape, generator=self.generator, device=x.device, dtype=torch.float64)
+        u = torch.rand(x.shape, generator=self.generator, device=x.device, dtype=widest(x.device))
         reveal = (x == m.mask) & (u < (go[:, None] if go.ndim else go))
         return torch.where(reveal, p.draw(self.generator), x)

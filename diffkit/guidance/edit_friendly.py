@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..core.denoiser import Denoiser, Prediction, cfg
-from ..core.process import Process, check_grid
+from ..core.denoiser import Denoiser, Prediction, as_denoiser, cfg, full_rows, map_rows
+from ..core.process import Process, check_grid, widest
 from diffkit.core.sampling import (
     DDIM,
     MultistepSolver,
@@ -94,8 +94,7 @@ def _noisy(solver):  # a copy of a solver whose draws we can set
 
 
 def _repeated(cond, k, B):  # the conditions of k steps at once: k times what has one row a sample
-    rows = lambda v: isinstance(v, torch.Tensor) and v.ndim and len(v) == B
-    return {key: v.repeat(k, *[1] * (v.ndim - 1)) if rows(v) else v for key, v in cond.items()}
+    return map_rows(cond, B, lambda v: v.repeat(k, *[1] * (v.ndim - 1)))
 
 # %% ../../nbs/guidance/307_edit_friendly.ipynb #f599666a
 def invert(
@@ -115,7 +114,7 @@ def invert(
 ) -> Noise:
     """The noises with which the solver draws the image. Source: arXiv 2304.06140, algorithm of
     its inversion."""
-    solver, cond = _noisy(solver), cond or {}
+    solver, denoiser = _noisy(solver), as_denoiser(denoiser)
     times = check_run(denoiser, solver, x0, grid, cond)
     process, grid = denoiser.process, check_grid(grid)
     if (gap := float(process.sigma(times[-1]) / process.alpha(times[-1]))) > 0.2:
@@ -130,8 +129,7 @@ def invert(
     path = noisy_path(process, x0, grid, chain, generator, eps)
     n, B = len(times) - 1, len(x0)
     solver.noise = torch.zeros_like(path[:1]).expand(n, *x0.shape)  # a step then returns its mean
-    denoiser.start(grid)
-    solver.start(process, grid)
+    cond, denoiser, solver = full_rows(cond, B), denoiser.begin(grid), solver.begin(process, grid)
     if not any(r.c for r in solver.rows):
         raise ValueError(
             f"{solver!r} adds no noise, so there is none to solve for: take eta > 0, or"
@@ -145,7 +143,7 @@ def invert(
             return
         for i in range(0, n, batch):
             k = min(batch, n - i)
-            t = torch.tensor(times[i : i + k], dtype=torch.float64, device=x0.device)
+            t = grid[i : i + k].to(widest(x0.device)).to(x0.device)
             x = path[i : i + k].flatten(0, 1)
             many = denoiser(x, t.repeat_interleave(B), **_repeated(cond, k, B))
             for j, native in enumerate(many.native.unflatten(0, (k, B))):
@@ -169,8 +167,8 @@ class _Replay(Solver):  # a solver with its noise given, and a residual where it
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
+        self.solver = self.solver.begin(process, grid, generator)
         self.solver.noise = self.z
-        self.solver.start(process, grid, generator)
 
     def step(self, denoise, x, t, s):
         i, x = self.solver.i, self.solver.step(denoise, x, t, s)
@@ -211,12 +209,12 @@ def ddim_invert(
             f"grid must end where there is some noise, got t={times[-1]:.4g}, where sigma is 0 and"
             f" no noise can be predicted; end at {process.t_min:.4g}"
         )
-    x = x0
-    denoiser.start(check_grid(grid).flip(0))
+    x, cond = x0, full_rows(cond, len(x0))
+    denoiser = as_denoiser(denoiser).begin(check_grid(grid).flip(0))
     with torch.no_grad():
         for t, s in zip(times[::-1], times[-2::-1]):
             r = first_order(Node.at(process, t), Node.at(process, s))
-            x = (r.a * x + r.b[0] * denoiser(x, t, **(cond or {})).x0).to(x.dtype)
+            x = (r.a * x + r.b[0] * denoiser(x, t, **cond).x0).to(x.dtype)
     return x
 
 

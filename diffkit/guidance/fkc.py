@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.denoiser import Denoiser, Guided, Prediction
-from ..core.process import Process, expand
+from ..core.process import Process, expand, widest
 from ..core.sampling import Solver
 
 # %% auto #0
@@ -139,7 +139,7 @@ def product(
 # %% ../../nbs/guidance/306_fkc.ipynb #0ed5588a
 # norms and weights are computed in the widest type the device has
 def _wide(x):
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+    return x.to(widest(x.device))
 
 
 def _dot(a, b):

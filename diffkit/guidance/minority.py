@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.data import GaussianMixture
-from ..core.denoiser import ClassifierGuidance, Denoiser
+from ..core.denoiser import ClassifierGuidance, Denoiser, full_rows, map_rows
 from ..core.process import Process
 
 # %% auto #0
@@ -43,17 +43,14 @@ def minority_score(
         raise ValueError(f"distance must be 'mse' or a function of two batches, got {distance!r}")
     d = (lambda a, b: (a - b).square().flatten(1).sum(1)) if distance == "mse" else distance
     B, process, total = len(x0), denoiser.process, []
-    for k, v in cond.items():
-        if isinstance(v, torch.Tensor) and v.ndim and len(v) != B:
-            raise ValueError(f"{k} must have one entry a sample ({B}), got shape {tuple(v.shape)}")
+    cond = full_rows(cond, B)
     with torch.no_grad():
         for _ in range(n):
             noise = process.sample_noise(x0.shape, t, generator, dtype=x0.dtype)
             x, out = process.noise(x0, t, noise.to(x0.device)), []
             for i in range(0, B, batch):
                 part = slice(i, i + batch)
-                one_each = lambda v: isinstance(v, torch.Tensor) and v.ndim
-                rows = {k: v[part] if one_each(v) else v for k, v in cond.items()}
+                rows = map_rows(cond, B, lambda v, part=part: v[part])
                 out.append(d(x0[part], denoiser(x[part], t, **rows).x0))
                 if out[-1].shape != (len(x0[part]),):
                     raise ValueError(

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..core.denoiser import Denoiser, guide
+from ..core.denoiser import Denoiser, as_denoiser, check_scale, guide
 from .apg import ProjectedGuidance
 
 # %% auto #0
@@ -338,19 +338,8 @@ def pag(
 ) -> PAG:
     """Perturbed-attention guidance: `eps + scale * (eps - eps_damaged)`, 2 evaluations; with
     cfg_scale 3."""
-    if not isinstance(denoiser, Denoiser):
-        raise TypeError(
-            f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
-            " NetDenoiser(net, process, predicts=...)"
-        )
-    for k, v in (("scale", scale), ("cfg_scale", 1.0 if cfg_scale is None else cfg_scale)):
-        if not (isinstance(v, (int, float, torch.Tensor)) or callable(v)):
-            raise TypeError(
-                f"{k} must be a number, a tensor with one entry a sample, or a function of time,"
-                f" got {v!r}"
-            )
-        if isinstance(v, (int, float)) and not abs(v) < float("inf"):
-            raise ValueError(f"{k} must be finite, got {v}")
+    denoiser, scale = as_denoiser(denoiser), check_scale(scale)
+    cfg_scale = None if cfg_scale is None else check_scale(cfg_scale, "cfg_scale")
     if isinstance(scale, (int, float)) and scale < 0:
         warnings.warn(
             f"scale={scale}: a negative scale guides towards the damaged model", stacklevel=2

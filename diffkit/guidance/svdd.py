@@ -6,6 +6,7 @@ go on from one that promises much."""
 # %% ../../nbs/guidance/305_svdd.ipynb #cb45a1fa
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from ..core.denoiser import Denoiser, Prediction
-from ..core.process import Process
+from ..core.process import Process, widest
 from ..core.sampling import MultistepSolver, Solver, trace
 from ..core.training import fit
 from .basics import CategoricalPrediction, MaskedProcess
@@ -149,7 +150,7 @@ def per_sample(
 
 # what a reward or a value returned, as one float64 number a row
 def _numbers(out, x):
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = widest(x.device)
     v = torch.as_tensor(out).detach().to(x.device, wide)
     if v.shape != (len(x),):
         raise ValueError(
@@ -287,11 +288,12 @@ class _Wrapper(Solver):  # an inner solver that is known to draw, and a value
             halves = [self.times[0], sum(self.times) / 2, self.times[1]]
             grids = [torch.tensor(halves, dtype=torch.float64), grid]
         for g in grids:
-            inner.start(process, g, generator)
-            noisy = noisy or any(row.c for row in inner.rows)
+            self.solver = inner.begin(process, g, generator)
+            noisy = noisy or any(row.c for row in self.solver.rows)
         if not noisy:
             self._refuse()
         if isinstance(self.value, SoftValue):
+            self.value = copy.copy(self.value)  # what is drawn with belongs to the run
             self.value.start(process, self.alpha, generator)
         self.ready = None  # prediction at the state that goes on, made when it was a candidate
         # the grid ends at clean data, where the reward itself can be asked
@@ -310,7 +312,7 @@ class _Wrapper(Solver):  # an inner solver that is known to draw, and a value
             return
         g = torch.Generator(x.device).manual_seed(0)
         before, grid = g.get_state(), torch.tensor(self.times, dtype=torch.float64)
-        self.solver.start(self.process, grid, g)
+        self.solver = self.solver.begin(self.process, grid, g)
 
         def blank(y, u):
             if y.is_floating_point():
@@ -322,7 +324,7 @@ class _Wrapper(Solver):  # an inner solver that is known to draw, and a value
         self.solver.step(blank, x[:1], t, s)
         if torch.equal(before, g.get_state()):
             self._refuse()
-        self.solver.start(self.process, grid, self.generator)
+        self.solver = self.solver.begin(self.process, grid, self.generator)
 
 # %% ../../nbs/guidance/305_svdd.ipynb #f0833389
 class _Valued(_Wrapper):  # what SVDD and SMC share: candidates, and what they are worth
@@ -404,7 +406,7 @@ class SVDD(_Valued):
 
     # of rows a sample, which is what costs
     def evals(self, n_steps):
-        known = self.clean and getattr(self.value, "reward", None) is not None
+        known = self.latest.clean and getattr(self.value, "reward", None) is not None
         return 1 + self.M * (n_steps - known) if self.looks and self.M > 1 else n_steps
 
     def step(self, denoise, x, t, s):
@@ -465,9 +467,8 @@ class RewardSMC(_Valued):
         self.ess, self.groups = ess, groups
 
     def evals(self, n_steps):
-        return n_steps + (
-            self.looks and not (self.clean and getattr(self.value, "reward", None) is not None)
-        )
+        known = self.latest.clean and getattr(self.value, "reward", None) is not None
+        return n_steps + (self.looks and not known)
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)

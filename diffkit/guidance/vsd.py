@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..core.data import GaussianMixture
-from ..core.denoiser import CFG, Denoiser, MixtureDenoiser, NetDenoiser
+from ..core.denoiser import CFG, Denoiser, MixtureDenoiser, NetDenoiser, as_denoiser
 from ..core.process import Process, expand
 
 # %% auto #0
@@ -298,11 +298,7 @@ def _rows(cond, n, device, name):
 def _check_settings(
     prior, particles, method, q, steps, lr, t_range, t_max_late, anneal_at, cooldown
 ):  # what can be wrong before anything is rendered
-    if not isinstance(prior, Denoiser):
-        raise TypeError(
-            f"prior must be a Denoiser, got {type(prior).__name__}; wrap a network as"
-            " NetDenoiser(net, process, predicts=...)"
-        )
+    as_denoiser(prior, "prior")
     if method not in ("vsd", "sds"):
         raise ValueError(f"method must be 'vsd' or 'sds', got {method!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
@@ -468,11 +464,11 @@ def distill(
         eps = _randn(x.shape, x.detach(), generator)
         own = ParticleDenoiser(x, prior.process, scale, group) if exact else q
         # times come in no order: a guidance with a memory must not see a trajectory in them
-        prior.start()
+        now = prior.begin()
         seen = {} if group is None else {"label": group}
         conds = dict(cond=views[k], q_cond=seen if exact else q_views[k])
         try:
-            grad = score_distill_grad(prior, x, t, eps, own, weight=weight, **conds)
+            grad = score_distill_grad(now, x, t, eps, own, weight=weight, **conds)
         except (RuntimeError, ValueError, TypeError) as e:
             if i >= len(views):
                 raise

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..core.denoiser import Denoiser
+from ..core.denoiser import Denoiser, as_denoiser
 from ..core.sampling import DDIM, Node, check_run, first_order
 
 # %% auto #0
@@ -66,11 +66,7 @@ class RhoField(nn.Module):
         dtype: torch.dtype | None = None,  # what the model is fed; None: the dtype of z
     ):
         super().__init__()
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
-                " NetDenoiser(net, process, predicts=...)"
-            )
+        denoiser = as_denoiser(denoiser)
         self.denoiser, self.cond, self.dtype = denoiser, cond or {}, dtype
 
     def node(
@@ -354,7 +350,7 @@ def _refuse(denoiser, x, times, cond):  # what isn't one function of (x, t) in b
     some = times[:-1][:: max(1, len(times) // 8)]
     ask = lambda t: denoiser(x.detach(), t, **cond).native
     with torch.no_grad():
-        denoiser.start()
+        denoiser = denoiser.begin()
         for t, a in [(t, ask(t)) for t in some]:
             denoiser.start()
             if not torch.allclose(a, ask(t), rtol=1e-2, atol=1e-4, equal_nan=True):
@@ -414,7 +410,7 @@ def adjoint_sample(
     params, cond = _checked_params(denoiser, params), cond or {}
     if gradient != "backprop":
         _refuse(denoiser, x, times, cond)
-    denoiser.start(torch.tensor(times, dtype=torch.float64))
+    denoiser = denoiser.begin(torch.tensor(times, dtype=torch.float64))
     tableau = METHODS[method] if isinstance(method, str) else method
     run = _Run(denoiser, x, times, cond, params, tableau, gradient, states, denoise_last)
     wanted = any(t.requires_grad for t in (x, *run.leaves, *params))

@@ -58,12 +58,11 @@ def local_errors(
     times = torch.as_tensor(grid, dtype=torch.float64)
     if len(truth) != len(times):
         raise ValueError(f"truth must have one state a time ({len(times)}), got {len(truth)}")
-    denoiser.start(times)
-    solver.start(denoiser.process, times)
+    denoiser, run = denoiser.begin(times), solver.begin(denoiser.process, times)
     ask = lambda x, t: denoiser(x, t, **cond)
     pairs = list(zip(times.tolist(), times.tolist()[1:]))
     with torch.no_grad():
-        ends = [solver.step(ask, truth[i], t, s) for i, (t, s) in enumerate(pairs)]
+        ends = [run.step(ask, truth[i], t, s) for i, (t, s) in enumerate(pairs)]
         return torch.tensor([rms(end, want) for end, want in zip(ends, truth[1:])])
 
 # %% ../../nbs/solvers/200_basics.ipynb #f12a523b
@@ -77,13 +76,13 @@ def solver_table(
         raise TypeError(
             f"solver must be a MultistepSolver, which is a table; {type(solver).__name__} is not"
         )
-    solver.start(process, torch.as_tensor(grid, dtype=torch.float64))
+    run = solver.begin(process, torch.as_tensor(grid, dtype=torch.float64))
     full = lambda v: torch.tensor(v, dtype=torch.float64)
-    width = max(len(r.b) for r in solver.rows)
+    width = max(len(r.b) for r in run.rows)
     return {
-        "a": full([float(r.a) for r in solver.rows]),
-        "b": full([[*map(float, r.b), *[0.0] * (width - len(r.b))] for r in solver.rows]),
-        "c": full([float(r.c) for r in solver.rows]),
+        "a": full([float(r.a) for r in run.rows]),
+        "b": full([[*map(float, r.b), *[0.0] * (width - len(r.b))] for r in run.rows]),
+        "c": full([float(r.c) for r in run.rows]),
     }
 
 # %% ../../nbs/solvers/200_basics.ipynb #44ac7223

@@ -69,8 +69,8 @@ class UniPC(MultistepSolver):
         variant: str = "bh2",
         corrector: bool = True,  # False is UniP, the predictor alone
         skip_corrector: Sequence[int] = (),  # steps not corrected, e.g. (0,) under strong guidance
-        # lower the order at the end: True (as diffusers), False, or "auto": where the last step is
-        # over twice the one before
+        # lower the order at the end: True (as diffusers), False, or "auto": towards each step over
+        # twice as long in log_snr as the one before
         lower_order_final: bool | str = "auto",
     ):
         if isinstance(order, bool) or not isinstance(order, int) or order < 1:
@@ -94,10 +94,6 @@ class UniPC(MultistepSolver):
         return self.order > 1 or self.corrector
 
     def start(self, process, grid, generator=None):
-        lam = process.log_snr(torch.as_tensor(grid, dtype=torch.float64)[-3:]).tolist()
-        self.lower = bool(self.lower_order_final)
-        if self.lower_order_final == "auto" and len(lam) == 3:
-            self.lower = lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
         super().start(process, grid, generator)
         n = len(self.times) - 1
         table = Node.at(process, torch.tensor(self.times, dtype=torch.float64))
@@ -116,9 +112,8 @@ class UniPC(MultistepSolver):
 
     def order_at(self, i, n):
         k = super().order_at(i, n)
-        if self.alphas[0] == 0:  # such a start lies infinitely far back
-            k = min(k, max(i, 1))
-        return min(k, n - i) if self.lower else k
+        # a start where alpha is 0 lies infinitely far back
+        return min(k, max(i, 1)) if self.alphas[0] == 0 else k
 
     def row(self, nodes, target, i, n):
         return unipc_row(nodes, target, False, self.variant)
@@ -334,8 +329,7 @@ def search_ratios(
     s = type(solver)(**{**solver._init, "ratios": [1.0] * n, "times": None})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        denoiser.start(grid)
-        s.start(denoiser.process, grid)
+        denoiser, s = denoiser.begin(grid), s.begin(denoiser.process, grid)
     log = verbose if verbose is not None else {}
     log.update(before=[math.nan] * n, after=[math.nan] * n)
     for i, (t, u) in enumerate(zip(times, times[1:])):

@@ -115,36 +115,51 @@ class DEIS(MultistepSolver):
     def __init__(
         self,
         order: int = 4,  # predictions a step uses, 1 to 6: 1 is DDIM, 4 is the paper's tAB3
-        # clock of the polynomial: "t" (the paper's), "rho", "log_rho" (diffusers'), "flow"
-        basis: str = "t",
+        # clock of the polynomial: "t" (the paper's), "rho", "log_rho" (diffusers'), "flow"; None is
+        # "flow" on processes that begin with alpha = 0 (flow matching), else "t"
+        basis: str | None = None,
         # what is extrapolated: "eps", "flow" (eps - x0) or "x0"; default: "flow" with basis "flow",
         # else "eps"
         form: str | None = None,
-        lower_order_final: bool = False,  # drop to order 1 towards the end
+        # drop to order 1 towards the end; "auto": towards each step over twice as long in log_snr
+        # as the one before
+        lower_order_final: bool | str = False,
         # at least 1: lower the order of a step that may amplify errors of the predictions by more;
-        # equal steps have 23 at most; 3 to 5 is cautious; None is off
-        max_gain: float | None = 30.0,
+        # equal steps have 23 at most; 3 to 5 is cautious; None is off; "auto" is 30, and 4 where
+        # the default basis is "flow": the timetables of flow models are uneven at few steps
+        max_gain: float | str | None = "auto",
     ):
         if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= 6:
             raise ValueError(
                 "order must be an integer from 1 to 6 (beyond, extrapolation is unstable), got"
                 f" {order!r}"
             )
-        if basis not in CLOCKS:
+        if basis is not None and basis not in CLOCKS:
             raise ValueError(f"basis must be one of {', '.join(CLOCKS)}, got {basis!r}")
         if form is not None and form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-        if lower_order_final not in (True, False):
-            raise ValueError(f"lower_order_final must be True or False, got {lower_order_final!r}")
-        if max_gain is not None and not max_gain >= 1:
+        if lower_order_final not in (True, False, "auto"):
+            raise ValueError(
+                f"lower_order_final must be True, False or 'auto', got {lower_order_final!r}"
+            )
+        number = isinstance(max_gain, int | float) and not isinstance(max_gain, bool)
+        if not (max_gain in (None, "auto") or number and max_gain >= 1):
             raise ValueError(
                 f"max_gain must be at least 1 (a step of order 1 has gain 1), got {max_gain!r}"
             )
-        self.order, self.basis = order, basis
+        self.order, self.basis, self.form = order, basis, form
         self.lower_order_final, self.max_gain = lower_order_final, max_gain
-        self.kind = form or ("flow" if basis == "flow" else "eps")
+
+    @property
+    def kind(self):
+        return self.form or ("flow" if self.basis == "flow" else "eps")
 
     def start(self, process, grid, generator=None):
+        flow = self.basis is None and self.form in (None, "flow") and float(process.alpha(1.0)) == 0
+        if self.basis is None:
+            self.basis = "flow" if flow else "t"
+        if self.max_gain == "auto":
+            self.max_gain = 4.0 if flow else 30.0
         first = float(torch.as_tensor(grid).flatten()[0])
         needs_rho = self.kind == "eps" or self.basis in ("rho", "log_rho")
         if 0 <= first <= 1 and float(process.alpha(first)) == 0 and needs_rho:
@@ -167,8 +182,8 @@ class DEIS(MultistepSolver):
 
     def order_at(self, i, n):
         own = self.basis == FORMS[self.kind].clock  # then no step is infinite
-        k = min(self.order, i + 1) if own else super().order_at(i, n)
-        return min(k, self.caps.get(i, k), n - i if self.lower_order_final else k)
+        k = self.lowered(min(self.order, i + 1), i, n) if own else super().order_at(i, n)
+        return min(k, self.caps.get(i, k))
 
     def row(self, nodes, target, i, n):
         f = FORMS[self.kind]
@@ -183,13 +198,12 @@ def deis_coefficients(
     process: Process,  # whose alpha and sigma
     grid: torch.Tensor,  # (steps + 1,) decreasing times
     order: int = 4,  # as in DEIS, like basis and form
-    basis: str = "t",  # clock of the polynomial
+    basis: str | None = None,  # clock of the polynomial
     form: str | None = None,  # what is extrapolated
 ) -> torch.Tensor:  # (steps, order) float64, newest prediction first; unused entries are 0
     """The weights c_j of all steps: x_s = S_s / S_t x_t + S_s sum_j c_j m_j; in the eps form S
     is alpha."""
-    s = DEIS(order, basis, form, max_gain=None)
-    s.start(process, grid)
+    s = DEIS(order, basis, form, max_gain=None).begin(process, grid)
     rows = torch.tensor([[*r.b, *[0.0] * (order - len(r.b))] for r in s.rows], dtype=torch.float64)
     targets = Node.at(process, torch.tensor(s.times[1:], dtype=torch.float64))
     return rows / FORMS[s.kind].S(targets)[:, None]

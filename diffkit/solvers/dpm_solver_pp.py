@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core.denoiser import Denoiser, Prediction
+from ..core.denoiser import Denoiser, Prediction, as_denoiser
 from ..core.process import Process, expand
 from ..core.sampling import MultistepSolver, Node, Row, Solver
 
@@ -33,7 +33,8 @@ class DPMSolverPP(MultistepSolver):
         order: int = 2,  # 1 is DDIM; 2 is the robust choice under guidance; 3 for few, even steps
         rule: str = "midpoint",  # of order 2: the paper's, or "taylor" (diffusers: "heun")
         form: str = "x0",  # "x0": DPM-Solver++; "eps": DPM-Solver
-        # lower the order at the end; "auto": where the last step is over twice the one before
+        # lower the order at the end; "auto": towards each step over twice as long in log_snr as the
+        # one before
         lower_order_final: bool | str = "auto",
         # first steps: "low" (order 1, then 2), or "singlestep" (order - 1 evaluations more a step)
         start: str = "low",
@@ -71,15 +72,15 @@ class DPMSolverPP(MultistepSolver):
                 f"form='eps' cannot end at t={times[-1]:.4g}, where log_snr is infinite: use"
                 f" form='x0' or end the grid at {process.t_min:.4g}"
             )
-        lam = process.log_snr(torch.tensor(times[-3:], dtype=torch.float64)).tolist()
-        self.lower = bool(self.lower_order_final)
-        if self.lower_order_final == "auto" and len(lam) == 3:
-            self.lower = lam[-1] - lam[-2] > 2 * (lam[-2] - lam[-3])
         super().start(process, grid, generator)
 
     def order_at(self, i, n):
-        k = super().order_at(i, n) if self.warmup == "low" else min(self.order, i + 1)
-        return min(k, n - i) if self.lower else k
+        # the singlestep warm-up has its own first steps
+        return (
+            super().order_at(i, n)
+            if self.warmup == "low"
+            else self.lowered(min(self.order, i + 1), i, n)
+        )
 
     def evals(self, n_steps):
         more = (self.order - 1) * min(self.order - 1, n_steps)
@@ -215,8 +216,7 @@ class Threshold(Denoiser):
 
     def __init__(self, denoiser: Denoiser, ratio: float = 0.995, max_val: float = 1.0):
         super().__init__()
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(f"denoiser must be a Denoiser, got {type(denoiser).__name__}")
+        denoiser = as_denoiser(denoiser)
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         if not max_val > 0:
@@ -272,7 +272,7 @@ def sample_adaptive(
             f"end must have a finite log_snr, got end={end}; take end={process.t_min or 1e-3}"
         )
     t, prev, first = float(start), x, None
-    denoiser.start()
+    denoiser = denoiser.begin()
 
     def denoise(y, u):
         nonlocal nfe

@@ -127,7 +127,7 @@ class HeavyBall(MultistepSolver):
 
     def start(self, process, grid, generator=None):
         self.v = None
-        self.solver.start(process, grid, generator)
+        self.solver = self.solver.begin(process, grid, generator)
         super().start(process, grid, generator)
         if any(r.c for r in self.rows):
             raise ValueError(

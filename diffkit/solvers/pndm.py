@@ -162,7 +162,7 @@ class PNDM(Solver):
         if self.warm:
             _check_start(self, process, grid, f", or use PLMS({self.order})")
         super().start(process, grid, generator)
-        self.plms.start(process, grid, generator)
+        self.plms = self.plms.begin(process, grid, generator)
 
     def step(self, denoise, x, t, s):
         plms = self.plms

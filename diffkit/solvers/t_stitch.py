@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ..core.denoiser import Denoiser, Prediction
+from ..core.denoiser import Denoiser, Prediction, map_rows
 from ..core.sampling import Solver, sample
 
 # %% auto #0
@@ -86,9 +86,14 @@ class Stitched(Denoiser):
         self.process, self.null = models[-1].process, models[-1].null
         self.stochastic = any(m.stochastic for m in models)
         self.given, self.switches, self.forced = grid, None, None
-        self.calls = [0] * len(models)
+        self._calls, self.origin = [0] * len(models), object()
         if grid is not None:
             self._lay(grid)
+
+    @property
+    def calls(self) -> list[int]:
+        "Calls of each model in the last trajectory."
+        return self.latest._calls
 
     def steps(self, n: int) -> list[int]:
         "How many of n steps each model gets."
@@ -117,7 +122,7 @@ class Stitched(Denoiser):
 
     def start(self, grid=None):
         super().start(grid)
-        self.calls, self.forced = [0] * len(self.models), None
+        self._calls, self.forced = [0] * len(self.models), None
         if grid is not None and self.given is None:
             self._lay(grid)
 
@@ -144,15 +149,14 @@ class Stitched(Denoiser):
             k = self.which(t.cpu() if isinstance(t, torch.Tensor) else t)
         if k.ndim == 0 or (k == k[0]).all():
             k = int(k.flatten()[0])
-            self.calls[k] += 1
+            self._calls[k] += 1
             return self.models[k](x, t, **cond)
         # samples that stand at different times: each part of the batch by its model
-        each = lambda v: isinstance(v, torch.Tensor) and v.ndim and len(v) == len(x)
         x0 = torch.empty_like(x)
         for j in k.unique().tolist():
             at = (k == j).to(x.device)
-            self.calls[j] += 1
-            own = {n: v[at] if each(v) else v for n, v in cond.items()}
+            self._calls[j] += 1
+            own = map_rows(cond, len(x), lambda v, at=at: v[at])
             x0[at] = self.models[j](x[at], t[at], **own).x0
         return Prediction.of(x, t, self.process, x0=x0)
 
@@ -197,7 +201,7 @@ class StitchSolver(Solver):
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
-        self.solver.start(process, grid, generator)
+        self.solver = self.solver.begin(process, grid, generator)
         n = self.stitched.steps(len(self.times) - 1)
         self.model = [k for k, m in enumerate(n) for _ in range(m)]
 
@@ -205,12 +209,21 @@ class StitchSolver(Solver):
         k, self.i = self.model[self.i], self.i + 1
         if self.reset_history and self.i > 1 and k != self.model[self.i - 2]:
             left = torch.tensor(self.times[self.i - 1 :], dtype=torch.float64)
-            self.solver.start(self.process, left, self.generator)
-        self.stitched.forced = k
+            self.solver = self.solver.begin(self.process, left, self.generator)
+        stitched = self._in(denoise)
+        stitched.forced = k
         try:
             return self.solver.step(denoise, x, t, s)
         finally:
-            self.stitched.forced = None
+            stitched.forced = None
+
+    def _in(self, denoise):  # the stitched denoiser of this run: a copy made of the one we know
+        inside = getattr(denoise, "denoiser", None)
+        every = inside.modules() if isinstance(inside, nn.Module) else ()
+        return next((m for m in every if m is self.stitched or self._copy(m)), self.stitched)
+
+    def _copy(self, m):
+        return isinstance(m, Stitched) and m.origin is self.stitched.origin
 
     def reindex(self, idx):
         self.solver.reindex(idx)

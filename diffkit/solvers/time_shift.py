@@ -10,8 +10,8 @@ import warnings
 
 import torch
 
-from ..core.denoiser import Denoiser, Prediction
-from ..core.process import VP, Process, check_time, expand
+from ..core.denoiser import Denoiser, Prediction, as_denoiser
+from ..core.process import VP, Process, check_time, expand, widest
 from ..core.sampling import DDIM, Solver, trace
 
 # %% auto #0
@@ -24,7 +24,7 @@ def _pixel_var(x):  # (B,): over all pixels and channels of a sample, about its 
             "the variance over a sample's pixels needs at least 2 of them, got x of shape"
             f" {tuple(x.shape)}"
         )
-    return x.detach().flatten(1).double().var(1)
+    return x.detach().flatten(1).to(widest(x.device)).var(1)
 
 
 def variance_profile(
@@ -55,11 +55,7 @@ class EpsilonScale(Denoiser):
         k: float = 0.005,  # excess of the predicted noise; a middle one of the published values
     ):
         super().__init__()
-        if not isinstance(denoiser, Denoiser):
-            raise TypeError(
-                f"denoiser must be a Denoiser, got {type(denoiser).__name__}; wrap a network as"
-                " NetDenoiser(net, process, predicts=...)"
-            )
+        denoiser = as_denoiser(denoiser)
         if not k > -1:
             raise ValueError(f"k must be above -1, got {k!r}")
         self.inner, self.process, self.k = denoiser, denoiser.process, k
@@ -196,7 +192,7 @@ class TimeShift(Solver):
                 f" alpha² + sigma² is not 1: give a number or 'predicted', got {self.data_var!r}"
             )
         self.low = float(process.time(VP().log_snr(0.3))) if self.cutoff is None else self.cutoff
-        self.solver.start(process, grid, generator)
+        self.solver = self.solver.begin(process, grid, generator)
         # tau: the time(s) of the state; None where it is the grid's
         self.tau, self._shifts = None, []
 
@@ -219,7 +215,7 @@ class TimeShift(Solver):
         own = t if tau is None or self.mode == "network" else tau
         out = self.solver.step(ask, x, own, target)
         moved = tau - t if tau is not None else target - s if target is not s else 0.0
-        moved = torch.as_tensor(moved, dtype=torch.float64, device=x.device)
+        moved = torch.as_tensor(moved).to(widest(x.device)).to(x.device)
         self._shifts.append(moved.expand(len(x)))
         if self.mode != "official":
             self.tau = self._couple(out, s, seen)

@@ -11,7 +11,7 @@ from diffkit.core.adapters import DiffusersScheduler
 from diffkit.core.data import four_gaussians
 from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, time_grid
-from diffkit.core.sampling import rms, sample, trace
+from diffkit.core.sampling import rms, sample
 from diffkit.solvers.basics import guided_bed, reference_trajectory
 from diffkit.solvers.dc_solver import DCSolver, UniPC, best_ratio, search_ratios, unipc_row
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
@@ -163,13 +163,12 @@ def test_used_twice_reindexed_and_float32():
         grid = time_grid(P, 8)
         a, b = (sample(BED, s, X, grid, progress=False) for _ in range(2))
         assert torch.equal(a, b)
-        idx, states = torch.tensor([3, 3, 0]), trace(BED, s, X, grid)
-        for _ in range(5):
-            st = next(states)
-        s.reindex(idx)
-        y = st.x[idx]
-        for i in range(4, 8):
-            y = s.step(BED, y, grid[i].item(), grid[i + 1].item())
+        idx, one, y = torch.tensor([3, 3, 0]), s.begin(P, grid), X
+        for i in range(8):
+            if i == 4:
+                one.reindex(idx)
+                y = y[idx]
+            y = one.step(BED, y, grid[i].item(), grid[i + 1].item())
         torch.testing.assert_close(y, a[idx])
         f = sample(BED, s, X.float(), grid, progress=False)
         assert f.dtype == torch.float32 and rms(f, a) < 1e-4

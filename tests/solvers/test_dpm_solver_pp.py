@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from diffkit.core.data import four_gaussians, ring
 from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
 from diffkit.core.process import EDM, VP, Discrete, Flow, time_grid
-from diffkit.core.sampling import DDIM, sample, trace
+from diffkit.core.sampling import DDIM, sample
 from diffkit.solvers.dpm_solver_pp import DPMSingle, DPMSolverPP, sample_adaptive, threshold
 
 P = Discrete()
@@ -149,13 +149,12 @@ def test_a_solver_can_be_used_twice_and_reindexed():
     s, grid = DPMSolverPP(3), time_grid(P, 9)
     a, b = (sample(BED, s, X, grid, progress=False) for _ in range(2))
     assert torch.equal(a, b)  # nothing of the first trajectory is left
-    idx, states = torch.tensor([3, 3, 0]), trace(BED, s, X, grid)
-    for _ in range(5):
-        st_ = next(states)
-    s.reindex(idx)
-    y = st_.x[idx]
-    for i in range(4, 9):
-        y = s.step(lambda x, t: BED(x, t), y, grid[i].item(), grid[i + 1].item())
+    idx, one, y = torch.tensor([3, 3, 0]), s.begin(P, grid), X
+    for i in range(9):
+        if i == 4:
+            one.reindex(idx)
+            y = y[idx]
+        y = one.step(lambda x, t: BED(x, t), y, grid[i].item(), grid[i + 1].item())
     torch.testing.assert_close(y, a[idx])
 
 
