@@ -7,6 +7,7 @@ from a denoiser."""
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -429,6 +430,20 @@ def count_evals(
             h.remove()
 
 # %% ../../nbs/core/001_denoiser.ipynb #b57eba0e
+def _unfit(net, x, t, cond):  # why a network cannot be called as net(x, t, **cond), or None
+    try:
+        takes = inspect.signature(getattr(net, "forward", net))
+        takes.bind(x, t, **cond)
+    except TypeError as e:
+        call = ", ".join(["x", "t", *(f"{k}=" for k in cond)])
+        return (
+            f"{type(net).__name__} is called as net({call}), but takes {takes}: {e}; put a function"
+            " or a module between that calls it by its own names"
+        )
+    except ValueError:  # nothing is known of it
+        return None
+
+
 class NetDenoiser(Denoiser):
     "A network `net(x, t, **cond)` as a denoiser."
 
@@ -491,7 +506,12 @@ class NetDenoiser(Denoiser):
         return (t.to(wide) if t.is_floating_point() else t).to(x.device).expand(len(x))
 
     def _ask(self, x, t, cond):  # the network's output; the first of several
-        out = self.net(x, t, **cond)
+        try:
+            out = self.net(x, t, **cond)
+        except TypeError as e:
+            if why := _unfit(self.net, x, t, cond):
+                raise TypeError(why) from e
+            raise
         if isinstance(out, torch.Tensor):
             return out
         first = getattr(out, "sample", out[0] if isinstance(out, list | tuple) and out else None)

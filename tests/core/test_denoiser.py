@@ -315,3 +315,17 @@ def test_a_denoiser_serves_two_threads():
     [t.join() for t in threads]
     for a, b in zip(got, want):
         assert torch.equal(a, b)
+
+
+def test_networks_that_are_called_otherwise():
+    with pytest.raises(TypeError, match=r"Linear is called as net\(x, t\), but takes \(input"):
+        run(dk.NetDenoiser(nn.Linear(3, 3), dk.VP()))
+    with pytest.raises(TypeError, match=r"net\(x, t, lable=\).* unexpected keyword argument 'lab"):
+        run(net(), cond={"lable": torch.zeros(6)})
+
+    class Inside(nn.Module):  # its own mistake is not ours to explain
+        def forward(self, x, t):
+            return x + "a"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        run(dk.NetDenoiser(Inside(), dk.VP()))
