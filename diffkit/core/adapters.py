@@ -808,10 +808,12 @@ class _Inside(torch.nn.Module):  # a pipeline's network as net(x, t, **rows)
     def __init__(self, model, call, names, sign):
         super().__init__()
         self.model, self.call, self.names, self.sign, self.shared = model, call, names, sign, {}
+        self.dtype = None  # of the time that the pipeline feeds
 
     def forward(self, x, t, **rows):
         state, time = self.names
         rest = _put(self.shared, rows)
+        t = t if self.dtype is None else t.to(self.dtype)
         out = self.call(**{state: x, time: t}, **rest, return_dict=False)[0]
         if out.shape != x.shape:
             raise ValueError(
@@ -895,6 +897,8 @@ class _Guided:  # stands in the place of one network's `forward`
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"guide_pipeline needs a tensor as state, got {type(x).__name__}")
         self._build()
+        given = isinstance(fed, torch.Tensor) and fed.is_floating_point()
+        self.net.dtype = fed.dtype if given else None
         a, b = self.line
         t = (float(torch.as_tensor(fed).reshape(-1)[0]) - a) / b
         self._start(t)
@@ -941,7 +945,7 @@ class _Guided:  # stands in the place of one network's `forward`
 
     def guided_time(self, t, x):
         a, b = self.line
-        return torch.full((len(x),), a + b * t, device=x.device, dtype=x.dtype)
+        return torch.full((len(x),), a + b * t, device=x.device)
 
 # %% ../../nbs/core/010_adapters.ipynb #c15d2049
 class guide_pipeline:  # noqa: N801 - used as a function

@@ -753,15 +753,19 @@ class Guided(Denoiser):
         )
         self.scale, self.uncond, self.interval, self.batched = scale, uncond, interval, batched
 
-    def null_cond(self, cond: dict) -> dict:
-        "The user's condition with the unconditional one laid over it."
+    def knows_null(self) -> dict:
+        "The unconditional condition; raises where there is none."
         over = self.uncond if self.uncond is not None else self.inner.null
         if not over:
             raise ValueError(
                 f"{type(self).__name__} needs to know what unconditional means: pass uncond={{...}}"
                 " or set the denoiser's null, e.g. NetDenoiser(..., null={'label': 10})"
             )
-        return {**cond, **over}
+        return over
+
+    def null_cond(self, cond: dict) -> dict:
+        "The user's condition with the unconditional one laid over it."
+        return {**cond, **self.knows_null()}
 
     def scale_at(
         self, t, x, scale: float | torch.Tensor | Callable | None = None

@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..core.denoiser import Denoiser, as_denoiser, check_scale, guide
 from .apg import ProjectedGuidance
@@ -95,6 +96,60 @@ def _projected_values(
 
     return m.to_v(h), finish
 
+
+_SDPA = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+_places = weakref.WeakKeyDictionary()  # joint layers: where in the sequence the image begins
+
+
+class _OwnTokens(TorchFunctionMode):
+    """Attention over image and text together, in which an image token sees of the image only
+    itself."""
+
+    def __init__(self, layer, values):
+        super().__init__()
+        self.layer, self.values, self.met = layer, values, False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        call, n, self.met = dict(zip(_SDPA, args)) | (kwargs or {}), self.values.shape[1], True
+        q, k, given = call["query"], call["key"], call.get("attn_mask")
+        at = self.place(call["value"].transpose(1, 2).flatten(2))
+        mask = q.new_zeros(q.shape[-2], k.shape[-2])
+        rows = at if len(mask) == k.shape[-2] else 0
+        mask[rows : rows + n, at : at + n] = float("-inf")
+        mask[rows : rows + n, at : at + n].fill_diagonal_(0.0)
+        if given is not None:
+            hidden = given.dtype == torch.bool
+            mask = mask.masked_fill(~given, float("-inf")) if hidden else mask + given
+        return func(**{**call, "attn_mask": mask})
+
+    def place(self, tokens):  # the image stands before the text, or behind it
+        if self.layer not in _places:
+            n = self.values.shape[1]
+            same = lambda at: torch.allclose(
+                tokens[:, at : at + n].float(), self.values.float(), rtol=0.01, atol=1e-3
+            )
+            at = [a for a in (0, tokens.shape[1] - n) if same(a)]
+            if not at:
+                raise ValueError("its value tokens are not those of to_v: it is not known which")
+            _places[self.layer] = at[0]
+        return _places[self.layer]
+
+
+# attention over image and text together (SD3, Flux, Qwen): their maps cannot be replaced, only cut
+def _joint(m, mode, *args, **kwargs):
+    tokens = args[0] if args else kwargs["hidden_states"]
+    if mode != "identity":
+        raise ValueError(
+            f"attention over image and text knows the mode 'identity' only, not {mode!r}"
+        )
+    with _OwnTokens(m, m.to_v(tokens)) as cut:
+        out = m.forward(*args, **kwargs)
+    if not cut.met:
+        raise ValueError("it does not use torch's scaled_dot_product_attention")
+    return out
+
 # %% ../../nbs/guidance/303_pag.ipynb #3a030008
 _readers = {nn.MultiheadAttention: _torch_values}
 _verified = weakref.WeakSet()  # layers whose reader has been seen to be right
@@ -122,10 +177,9 @@ def _reader(m):  # the function that reads a layer, or None
         if c in _readers:
             return _readers[c]
     named = all(getattr(m, k, None) is not None for k in ("to_q", "to_k", "to_v", "to_out"))
-    to_text = (
-        getattr(m, "is_cross_attention", False) or getattr(m, "added_kv_proj_dim", None) is not None
-    )
-    return _projected_values if named and not to_text else None
+    if not named or getattr(m, "is_cross_attention", False):
+        return None
+    return _projected_values if getattr(m, "added_kv_proj_dim", None) is None else _joint
 
 # %% ../../nbs/guidance/303_pag.ipynb #68793814
 def attention_layers(
@@ -222,23 +276,30 @@ def _hooked(module, names, mode, strength):
             if threading.get_ident() != me:
                 return None
             try:
-                v, finish = read(m, *args, **kwargs)
+                if read is _joint:
+                    new = _joint(m, mode, *args, **kwargs)
+                else:
+                    v, finish = read(m, *args, **kwargs)
             except (TypeError, ValueError) as e:
                 raise type(e)(
                     f"layer {name!r} ({type(m).__name__}) cannot be perturbed: {e}"
                 ) from e
-            _verify(m, name, read, args, kwargs)
+            if read is not _joint:
+                _verify(m, name, read, args, kwargs)
+                new = finish(mix(v))
             reached.add(name)
-            new, old = finish(mix(v)), out[0] if isinstance(out, tuple) else out
-            if new.shape != old.shape:
-                raise ValueError(
-                    f"layer {name!r}: the perturbed output has shape {tuple(new.shape)}, the"
-                    f" layer's own {tuple(old.shape)}"
-                )
+            several = lambda v: v if isinstance(v, tuple) else (v,)
+            old, new = several(out), several(new)
+            for a, b in zip(old, new):
+                if a.shape != b.shape:
+                    raise ValueError(
+                        f"layer {name!r}: the perturbed output has shape {tuple(b.shape)}, the"
+                        f" layer's own {tuple(a.shape)}"
+                    )
             if strength != 1:
-                new = torch.lerp(old, new, strength)
+                new = [torch.lerp(a, b, strength) for a, b in zip(old, new)]
             # the layer's own weights do not belong to this output
-            return (new, *(None for _ in out[1:])) if isinstance(out, tuple) else new
+            return (*new, *(None for _ in old[len(new) :])) if isinstance(out, tuple) else new[0]
 
         return hook
 
@@ -296,7 +357,7 @@ class PAG(ProjectedGuidance):
         super().__init__(denoiser, scale, shaper, uncond, interval, batched)
         self.damage, self.cfg_scale = damage, cfg_scale
         if cfg_scale is not None:
-            self.null_cond({})  # raises where unconditional is not known
+            self.knows_null()
 
     def forward(self, x, t, **cond):
         w = self.cfg_scale
