@@ -167,6 +167,9 @@ class _Sample(torch.nn.Module):  # a diffusers model as net(x, t, **cond) -> ten
 
     def forward(self, x, t, **cond):
         state, time = self.names
+        # places of tokens are the same for all samples: one row of a batch
+        shared = [k for k in ("img_ids", "txt_ids") if getattr(cond.get(k), "ndim", 0) == 3]
+        cond |= {k: cond[k][0] for k in shared}
         if self.rows:
             x = list(x.unsqueeze(2).unbind(0))
         if state is None or time is None:
@@ -221,7 +224,7 @@ class _Denoised(torch.nn.Module):  # a network of the world with alpha = 1
 
     def forward(self, x, t, **cond):
         a, s = self.process.alpha(t), self.process.sigma(t)
-        return self.net((x / expand(a, x)).to(x.dtype), (s / a).to(x.dtype), **cond)
+        return self.net((x / expand(a, x)).to(x.dtype), s / a, **cond)
 
 
 def from_edm(
@@ -809,12 +812,16 @@ class _Inside(torch.nn.Module):  # a pipeline's network as net(x, t, **rows)
         super().__init__()
         self.model, self.call, self.names, self.sign, self.shared = model, call, names, sign, {}
         self.dtype = None  # of the time that the pipeline feeds
+        self.rows, self.more = 0, None  # of the state; channels that are no prediction: a variance
 
     def forward(self, x, t, **rows):
         state, time = self.names
         rest = _put(self.shared, rows)
         t = t if self.dtype is None else t.to(self.dtype)
         out = self.call(**{state: x, time: t}, **rest, return_dict=False)[0]
+        if out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+            out, more = out.chunk(2, 1)
+            self.more = more[: self.rows] if self.more is None else self.more
         if out.shape != x.shape:
             raise ValueError(
                 f"guide_pipeline needs a network whose output has the shape of the state"
@@ -838,7 +845,7 @@ class _Guided:  # stands in the place of one network's `forward`
         self.signature, self.names = inspect.signature(self.call), _Sample.find(self.call)
         if None in self.names:
             raise ValueError(f"{type(model).__name__} has no arguments for the state and the time")
-        self.scheduler = self.guided = self.pending = None
+        self.scheduler = self.guided = self.pending = self.answered = None
         model.forward = self
 
     def remove(self):
@@ -877,13 +884,15 @@ class _Guided:  # stands in the place of one network's `forward`
             )
 
     def _start(self, t):  # a new trajectory: forget the old
-        if self.t is None or t > self.t + 1e-9:
-            steps = torch.as_tensor(self.scheduler.timesteps).double().cpu()
+        table = self.scheduler.timesteps  # made anew for each run
+        if self.t is None or t > self.t + 1e-9 or table is not self.table:
+            self.table = table
+            steps = torch.as_tensor(table).double().cpu()
             N = self.guided.process.n_train
             grid = torch.unique_consecutive((steps + 1) / N if N else steps / 1000)
             grid = grid[grid <= t + 1e-6]
             self.guided.start(torch.cat([grid, grid.new_zeros(int(grid[-1] > 0))]))
-            self.pending = None
+            self.pending = self.answered = None
         self.t = t
 
     def _ask(self, x, t, cond):
@@ -899,6 +908,7 @@ class _Guided:  # stands in the place of one network's `forward`
         self._build()
         given = isinstance(fed, torch.Tensor) and fed.is_floating_point()
         self.net.dtype = fed.dtype if given else None
+        self.net.more = None
         a, b = self.line
         t = (float(torch.as_tensor(fed).reshape(-1)[0]) - a) / b
         self._start(t)
@@ -908,11 +918,15 @@ class _Guided:  # stands in the place of one network's `forward`
         if twice:
             self.net.shared = _put(said, {k: v[half:] for k, v in rows.items()})
             self._name({k: v[:half] for k, v in rows.items()})
-            g = self._ask(x[half:], t, {k: v[half:] for k, v in rows.items()})
+            self.net.rows = half
+            g = self._whole(self._ask(x[half:], t, {k: v[half:] for k, v in rows.items()}))
             out = torch.cat([g, g])
         else:
             out = self._in_turns(x, t, said, rows)
         return (out,) if plain else _Reply((out,))
+
+    def _whole(self, g):  # with the channels that the pipeline splits off
+        return g if self.net.more is None else torch.cat([g, self.net.more], 1)
 
     def _name(self, rows):  # the unconditional condition of this call
         self.null.clear()
@@ -926,20 +940,27 @@ class _Guided:  # stands in the place of one network's `forward`
             if at == t and torch.equal(x, y):  # the negative prompt: now both are known
                 self.net.shared = before
                 self._name(rows)
-                first.copy_(self._ask(x, t, cond))
+                first[:, : x.shape[1]].copy_(self._ask(x, t, cond))
                 return first.clone()
             raise ValueError(
                 "the pipeline asked without a negative prompt: run it with guidance_scale > 1 (Flux"
                 " and Qwen: a negative prompt and true_cfg_scale > 1); the number does not matter"
             )
-        self.net.shared, self.null.missing = said, True
+        if self.answered is not None:  # without the negative prompt, which is not needed now
+            (at, y, out), self.answered = self.answered, None
+            if at == t and torch.equal(x, y):
+                return out.clone()
+        self.net.shared, self.null.missing, self.net.rows = said, True, len(x)
         try:
-            return self._ask(x, t, rows)
+            out = self._whole(self._ask(x, t, rows))
+            self.answered = t, x.clone(), out
+            return out.clone()
         except LookupError as e:
             if e.args != ("unconditional",):
                 raise
         with torch.no_grad():
             first = self.net(x, self.guided_time(t, x), **rows) * self.net.sign
+            first = self._whole(first)
         self.pending = t, x.clone(), rows, said, first
         return first
 

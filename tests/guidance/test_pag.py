@@ -543,9 +543,9 @@ def test_bad_input():
         pag(d, 2.0, "mid", strength=-1.0)
     with pytest.raises(ValueError, match="interval"):
         pag(d, 2.0, "mid", interval=(0.5, 0.2))
-    with pytest.raises(TypeError, match="scale must be a number"):
+    with pytest.raises(TypeError, match="scale must be a finite number"):
         pag(d, None, "mid")
-    with pytest.raises(TypeError, match="cfg_scale must be a number"):
+    with pytest.raises(TypeError, match="cfg_scale must be a finite number"):
         pag(d, 1.0, "mid", cfg_scale="3")
     with pytest.raises(ValueError, match="finite"):
         pag(d, float("nan"), "mid")
