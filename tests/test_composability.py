@@ -347,3 +347,67 @@ def test_a_grid_may_end_at_exactly_zero_and_be_short(solver, options, process):
         assert torch.isfinite(y).all()
         if steps == 12:
             assert (y.norm(dim=1) - 1).abs().median() < 0.5  # near the ring
+
+
+class Worse(Denoiser):  # the same network, a little off
+    def __init__(self, d):
+        super().__init__()
+        self.inner, self.process, self.null = d, d.process, d.null
+
+    def forward(self, x, t, **cond):
+        return Prediction.of(x, t, self.process, x0=0.9 * self.inner(x, t, **cond).x0)
+
+
+def pull(x, t, **cond):  # a classifier that likes small numbers
+    return -x.flatten(1).square().mean(1)
+
+
+SCORES = ("anneal", "tilt")  # powers of densities: no prediction of data at pure noise
+IN_A_PIPELINE = {  # what a parameter gets there, where a mixture's own would not do
+    "bad": lambda d, kind: Worse(d),
+    "log_prob": lambda d, kind: pull,
+    "layers": lambda d, kind: "mid_block" if kind == "sd" else "transformer_blocks.0",
+    "classifier": lambda d, kind: lambda x, t, **c: torch.stack([pull(x, t), 0 * pull(x, t)], 1),
+    "reward": lambda d, kind: lambda x: 0.3 * x.flatten(1).mean(1),
+}
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3"])
+@pytest.mark.parametrize("guidance", [p for p in guidances() if p.values[0]])
+def test_every_guidance_in_a_pipeline(guidance, kind):
+    "The same as the library's own loop around the pipeline's network."
+    pytest.importorskip("diffusers")
+    from diffkit.core.adapters import (
+        DiffusersScheduler,
+        from_diffusers,
+        guide_pipeline,
+        random_pipeline,
+    )
+
+    pipe, call = random_pipeline(kind)
+    theirs = pipe.scheduler
+    pipe.scheduler = DiffusersScheduler(DDIM(), like=theirs)
+    shape = (len(call["prompt_embeds"]), 4, 8, 8)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+    def make(d):
+        given = {k: f(d, kind) for k, f in IN_A_PIPELINE.items()}
+        given = {k: v for k, v in given.items() if k in inspect.signature(guidance).parameters}
+        return guidance(**fill(guidance, d.process, {"denoiser": d, **given}))
+
+    ask = lambda: pipe(**call, latents=x, num_inference_steps=5, guidance_scale=3.0).images
+    if kind == "sd3" and guidance.__name__ in SCORES:
+        with guide_pipeline(pipe, make), pytest.raises(ValueError, match="alpha=0"):
+            ask()
+        return
+    with guide_pipeline(pipe, make):
+        got = ask()
+    names = {"prompt_embeds": "encoder_hidden_states"}
+    if kind == "sd3":
+        names["pooled_prompt_embeds"] = "pooled_projections"
+    cond = {to: call[k] for k, to in names.items()}
+    null = {to: call[f"negative_{k}"] for k, to in names.items()}
+    d = from_diffusers(pipe.unet if kind == "sd" else pipe.transformer, theirs, null=null)
+    grid = pipe.scheduler.grid
+    want = sample(make(d), DDIM(), x, grid, cond=cond, progress=False)
+    assert (got - want).abs().max() < 1e-4 * max(1, want.abs().max())

@@ -902,7 +902,8 @@ class ClassifierGuidance(Guided):
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **{k: v for k, v in cond.items() if k not in self.takes})
-        if not self.active(t):
+        # at alpha = 0 the state says nothing of the data, so the class is as likely at every x
+        if not self.active(t) or not isinstance(t, torch.Tensor) and p.alpha == 0:
             return p
         keep = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         with torch.inference_mode(False), torch.enable_grad():

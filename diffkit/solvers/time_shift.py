@@ -66,7 +66,10 @@ class EpsilonScale(Denoiser):
         if self.k == 0:
             return p
         # x - sigma eps / (1 + k) = alpha x0 by way of x0, which is finite where sigma = 0
-        x0 = (p.x0 + expand(self.k / self.process.alpha(t), x) * x) / (1 + self.k)
+        a = self.process.alpha(t)
+        # at alpha = 0 the state is all noise, and no x0 follows from it: nothing is scaled
+        k = torch.where(a > 0, self.k, 0.0)
+        x0 = (p.x0 + expand(k / torch.where(a > 0, a, 1.0), x) * x) / (1 + expand(k, x))
         return Prediction.of(x, t, self.process, x0=x0.to(x.dtype), extra=p.extra)
 
 
