@@ -507,7 +507,8 @@ def trace(
     grid: torch.Tensor,  # (steps + 1,) decreasing times
     *,
     cond: dict | None = None,  # conditions for the model
-    generator: torch.Generator | None = None,  # for solvers that draw noise
+    # for solvers that draw noise; a list of one a sample makes each independent of its batch
+    generator: torch.Generator | list | None = None,
     grad: bool = False,  # keep the graph
     check: bool = True,  # stop at a state that is not finite
 ) -> Iterator[State]:
@@ -611,7 +612,8 @@ def sample(
     cond: dict | None = None,  # conditions for the model, e.g. {"label": y}
     callback: Callable | None = None,  # (step, t, x, prediction), after every step
     progress: bool = True,  # a bar, if it takes longer than a second
-    generator: torch.Generator | None = None,  # for solvers that draw noise
+    # for solvers that draw noise; a list of one a sample makes each independent of its batch
+    generator: torch.Generator | list | None = None,
     grad: bool = False,  # keep the graph; memory then grows with the steps
     # one more evaluation: return the prediction of x_0 at the last time
     denoise_last: bool = False,
