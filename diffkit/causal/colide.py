@@ -15,17 +15,20 @@ import torch
 from diffkit.causal.dag import (
     _back,
     _expand,
+    _fit_args,
     _float,
     _number,
     _psd,
     _residuals,
     _square,
     _table,
+    _warn_data,
+    _warn_units,
     PAPER,
     DagFit,
     covariance,
+    noise_scale,
     solve_path,
-    warn_table,
 )
 
 # %% ../../nbs/causal/601_colide.ipynb #41bed899
@@ -93,7 +96,9 @@ def colide(
     *,
     cov: torch.Tensor | None = None,  # (..., d, d) covariance instead of samples
     variance: str = "equal",  # "equal" (EV) or "unequal" (NV)
-    lam: float = 0.05,  # l1 weight, a number or one for each graph of a batch; the paper's value
+    # l1 weight, a number or one for each graph of a batch. None: the paper's 0.05, and an error
+    # where a table has no more rows than columns: there the penalty decides, so choose it
+    lam: float | None = None,
     threshold: float = 0.3,  # weights up to this are removed at the end
     s=(1.0, 0.9, 0.8, 0.7),  # domain of the acyclicity function in each stage; the paper's
     mu=(1.0, 0.1, 0.01, 0.001),  # weight of the score in each stage; the paper's
@@ -105,9 +110,11 @@ def colide(
     init: torch.Tensor | None = None,  # (..., d, d) start, e.g. another method's estimate
     # (d, d) mask of background knowledge: 0 forbids an edge; None forbids self-loops only
     allowed: torch.Tensor | None = None,
-    normalize: bool = False,  # divide by the geometric mean of the columns' s.d.: no common unit
-    names: list[str] | None = None,  # of the columns; a DataFrame brings its own
-    progress: bool = False,  # show a bar
+    # fit in units of the noise (`noise_scale`), so that a common unit of all columns makes no
+    # difference; False: in the unit of the data, as in the paper
+    normalize: bool = True,
+    names: list | None = None,  # of the columns; a DataFrame brings its own
+    progress: bool | None = None,  # a bar; None: if the run will take over five seconds
     callback: Callable | None = None,  # callback(stage, iteration, W) at every checkpoint
 ) -> DagFit:
     """Estimates a linear DAG and its noise scales together. Source: Saboksayr et al. 2024,
@@ -119,18 +126,21 @@ def colide(
             + ("got neither" if X is None else "got both")
         )
     if X is None:
-        C, like = _psd(cov, "cov"), cov
+        C, like, n = _psd(cov, "cov"), cov, None
     else:
-        t, found = _table(X)
-        names, like, C = names or found, X, covariance(t)
-        if not np.all(lam) and t.shape[-2] <= t.shape[-1]:
+        t, found = _table(X, least=2)
+        names, like, C, n = found if names is None else names, X, covariance(t), t.shape[-2]
+        if n <= t.shape[-1] and (lam is None or not np.all(lam)):
             raise ValueError(
-                f"n={t.shape[-2]} samples of d={t.shape[-1]} variables give a singular covariance:"
-                " use lam > 0, or pass cov with a ridge"
+                f"X has {n} rows for {t.shape[-1]} columns, which leaves the graph to the penalty:"
+                " choose lam > 0 (0.5, ten times the usual, draws few edges; see notebook 699). If"
+                " the rows are your variables, pass the transpose"
             )
-    unit = torch.ones_like(C[..., :1, :1])
-    if normalize:
-        unit = C.diagonal(dim1=-2, dim2=-1).log().mean(-1).exp()[..., None, None]
+    names = _fit_args(C.shape[-1], threshold, names)
+    if X is not None or C.ndim == 2:  # a batch of covariances is trusted
+        _warn_data(C, n, names, 3)
+    lam = 0.05 if lam is None else lam
+    unit = noise_scale(C)[..., None] if normalize else torch.ones_like(C[..., 0, :1])
 
     def rule(c):  # (b, d, d) arrays or tensors: the closed form of sigma, and its start
         xp = torch if torch.is_tensor(c) else np
@@ -144,7 +154,7 @@ def colide(
         return scale, least + 0 * sd if equal else sd
 
     fit = solve_path(
-        _back(C / unit, like),
+        _back(C / unit[..., None] ** 2, like),
         rule,
         f"colide-{'ev' if equal else 'nv'}",
         threshold,
@@ -162,7 +172,7 @@ def colide(
         progress=progress,
         callback=callback,
     )
-    fit.sigma = fit.sigma * _back(unit[..., 0] ** 0.5, like)  # back in the units of the data
+    fit.sigma = fit.sigma * _back(unit, like)  # back in the units of the data
     if X is not None and found and C.ndim == 2:
-        warn_table(C, fit.W, t.shape[-2])
+        _warn_units(C, fit.W, names, 3)
     return fit

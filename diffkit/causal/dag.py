@@ -6,16 +6,20 @@ how an estimate is scored, and which baselines a new method has to beat."""
 # %% auto #0
 __all__ = ['NOISE', 'PAPER', 'FAST', 'random_dag', 'random_weights', 'simulate', 'sem_covariance',
            'covariance', 'is_dag', 'topological_order', 'to_dag', 'h_exp', 'h_poly', 'h_logdet',
-           'scores', 'cpdag', 'shd_cpdag', 'sid', 'fit_given_order', 'residual_variances',
-           'lasso_given_order', 'varsortability', 'warn_varsortable', 'warn_table', 'DagFit',
-           'plot_dag', 'sort_n_regress', 'notears', 'golem', 'follow_path', 'solve_path', 'dagma',
-           'sachs']
+           'scores', 'cpdag', 'shd_cpdag', 'sid', 'tied_columns', 'noise_scale', 'fit_given_order',
+           'residual_variances', 'lasso_given_order', 'varsortability', 'warn_varsortable',
+           'warn_table', 'DagFit', 'plot_dag', 'sort_n_regress', 'notears', 'golem', 'follow_path',
+           'solve_path', 'dagma', 'sachs']
 
 # %% ../../nbs/causal/600_dag.ipynb #09f33592
 import math
+import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -69,11 +73,15 @@ def _float(X, name):
         return X.double()
     try:
         a = np.asarray(X)
+    except ValueError as e:  # a list of lists
+        raise ValueError(f"{name} must be a rectangle of numbers: its rows differ in length") from e
+    try:
         if np.iscomplexobj(a):
-            raise TypeError("complex numbers")
+            raise TypeError
         return torch.as_tensor(a.astype(np.float64))
     except (TypeError, ValueError) as e:
-        raise TypeError(f"{name} must be numeric, got {type(X).__name__}: {e}") from e
+        got = f"dtype {a.dtype}" if a.ndim else type(X).__name__
+        raise TypeError(f"{name} must be numeric, got {got}") from e
 
 
 def _square(W, name="W"):
@@ -213,28 +221,104 @@ def sem_covariance(
     return _back(A.mT @ A, W)
 
 # %% ../../nbs/causal/600_dag.ipynb #e3e94f21
-def _table(X):
-    "A tensor (..., n, d) and the column names of an array, tensor or DataFrame."
-    names = [str(c) for c in X.columns] if hasattr(X, "columns") else None
-    # so that the error names the column
-    for c in X.columns if names else ():
-        _float(X[c], f"X, column {str(c)!r},")
-    t = _float(X, "X").detach()
+def _plain(values):
+    "Labels or values as a list of Python's own types, so that they print and compare as such."
+    return values.tolist() if hasattr(values, "tolist") else list(values)
+
+
+def _missing(v):
+    return v is None or isinstance(v, float) and v != v or type(v).__name__ in ("NAType", "NaTType")
+
+
+def _numbers(x, name):
+    "A column as float64, nan where a value is missing; or an error that says what it holds."
+    a, dtype = np.asarray(x), str(getattr(x, "dtype", "object"))
+    if a.dtype.kind in "biuf" and dtype != "category":
+        return a.astype(np.float64)
+    out, bad = np.full(len(a), np.nan), a[:1]
+    if a.dtype.kind == "O" and dtype != "category":
+        there = np.array([not _missing(v) for v in a], bool)
+        bad = [v for v in a[there] if not isinstance(v, (Real, Decimal, np.bool_))]
+        if not len(bad):
+            out[there] = [float(v) for v in a[there]]
+            return out
+    raise TypeError(
+        f"{name} has dtype {dtype} and holds what are no real numbers, such as"
+        f" {str(bad[0]) if len(bad) else ''!r}: turn it into numbers (pd.to_numeric for text,"
+        " pd.get_dummies for categories, days since the first for dates), or leave the column out"
+    )
+
+
+def _labels(X, name="X"):
+    "The labels of a frame's columns, which must differ; None for an array."
+    if not hasattr(X, "columns"):
+        return None
+    labels = _plain(X.columns)
+    twice = [c for c, k in Counter(labels).items() if k > 1]
+    if twice:
+        raise ValueError(
+            f"{name} has {labels.count(twice[0])} columns of the name {twice[0]!r}: give each"
+            " column a name of its own"
+        )
+    return labels
+
+
+def _read(X, name="X"):
+    "A finite float64 tensor (..., n, d) and the labels of the columns of a table."
+    labels, cols = _labels(X, name), None
+    if labels is not None:
+        cols = [X.iloc[:, j] if hasattr(X, "iloc") else X[c] for j, c in enumerate(labels)]
+    elif isinstance(X, dict):
+        raise TypeError(f"{name} must be a table, got a dict: pass pd.DataFrame(...) of it")
+    elif isinstance(X, np.ma.MaskedArray):
+        X = X.astype(float).filled(np.nan)
+    elif isinstance(X, np.ndarray) and X.ndim == 2 and X.dtype.kind not in "biuf":
+        cols = list(X.T)
+    label = lambda j: f"column {labels[j]!r}" if labels else f"column {j}"
+    if cols is not None:
+        parts = [_numbers(c, f"{name}, {label(j)},") for j, c in enumerate(cols)]
+        X = np.stack(parts, 1) if parts else np.zeros((len(X), 0))
+    t = _float(X, name).detach()
     if t.ndim < 2:
-        raise ValueError(f"X must be (n, d), got shape {tuple(t.shape)}")
-    if t.shape[-2] < 2:
-        raise ValueError(f"X must have at least 2 samples, got n={t.shape[-2]}")
-    label = lambda j: repr(names[j]) if names else str(j)
-    bad = (~torch.isfinite(t)).flatten(0, -2).any(0).nonzero()
-    if len(bad):
-        raise ValueError(f"X holds NaN or infinity in column {label(bad[0].item())}")
-    flat = (t.amax(-2) == t.amin(-2)).reshape(-1, t.shape[-1]).any(0).nonzero()
+        raise ValueError(f"{name} must be a table of rows and columns, got shape {tuple(t.shape)}")
+    for what, isit, cure in (
+        ("missing", torch.isnan, "drop their rows or fill them in"),
+        ("infinite", torch.isinf, "drop their rows, or look how they came about"),
+    ):
+        count = isit(t.flatten(0, -2)).sum(0)
+        if count.any():
+            j = int(count.nonzero()[0])
+            k, kind = count[j].item(), f" ({cols[j].dtype})" if labels else ""
+            raise ValueError(
+                f"{name}, {label(j)}{kind}, holds {k} {what} value{'s' * (k != 1)}: {cure}"
+            )
+    return t, labels
+
+
+def _table(X, name="X", least=1):
+    "What `_read` gives, with enough rows and columns, none of them constant."
+    t, labels = _read(X, name)
+    n, d = t.shape[-2:]
+    label = lambda j: repr(labels[j]) if labels else str(j)
+    if d < least:
+        has = f"one column, {label(0)}" if d else "no columns"
+        raise ValueError(f"{name} has {has}: at least {least} are needed")
+    if n < 2:
+        raise ValueError(f"{name} has {n} row{'s' * (n != 1)}: at least 2 are needed")
+    span = t.amax(-2) - t.amin(-2)
+    flat = (span <= 1e-14 * t.abs().amax(-2)).reshape(-1, d).any(0).nonzero()
     if len(flat):
         raise ValueError(
-            f"X has a constant column: {label(flat[0].item())} (zero variance says nothing about"
-            " causes); drop it"
+            f"{name} has a constant column: {label(flat[0].item())} (zero variance says nothing"
+            " about causes); drop it"
         )
-    return t, names
+    off = ((span < 1e-150) | (span > 1e150)).reshape(-1, d).any(0).nonzero()
+    if len(off):
+        raise ValueError(
+            f"{name}, column {label(off[0].item())}, has a range whose square no floating-point"
+            " number holds: measure it in another unit"
+        )
+    return t, labels
 
 
 def covariance(
@@ -514,7 +598,9 @@ def _psd(C, name="C", one=False):
     C = _square(C, name).detach()
     if one and C.ndim != 2:
         raise ValueError(f"{name} must be one covariance (d, d), got shape {tuple(C.shape)}")
-    if not torch.allclose(C, C.mT, rtol=1e-8, atol=1e-10):
+    if not C.shape[-1]:
+        raise ValueError(f"{name} has no nodes, got shape {tuple(C.shape)}")
+    if ((C - C.mT).abs().amax((-2, -1)) > 1e-8 * C.abs().amax((-2, -1))).any():
         raise ValueError(
             f"{name} must be symmetric, largest asymmetry {(C - C.mT).abs().max().item():.3g}"
         )
@@ -529,16 +615,69 @@ def _psd(C, name="C", one=False):
     return C
 
 
+# what the others leave of the variance of a column that they determine: rounding, and no more
+_TIED = 1e-11
+
+
+def _spectrum(C):
+    "Standard deviations, and eigenvalues and eigenvectors of the correlations: free of units."
+    sd = C.diagonal(dim1=-2, dim2=-1).sqrt()
+    return sd, *torch.linalg.eigh(C / sd.unsqueeze(-1) / sd.unsqueeze(-2))
+
+
+def tied_columns(
+    C: torch.Tensor,  # (d, d) covariance
+) -> list[list[int]]:  # groups of columns; none of them twice
+    "Groups in which each column is a combination of the others, up to rounding."
+    from scipy.sparse.csgraph import connected_components
+
+    _, lam, V = _spectrum(_psd(C, one=True))
+    N = V[:, lam < _TIED]  # the combinations that are zero
+    groups = connected_components(((N @ N.mT).abs() > 1e-4).cpu().numpy(), directed=False)[1]
+    found = [np.flatnonzero(groups == k).tolist() for k in np.unique(groups)]
+    return [g for g in found if len(g) > 1]
+
+
+def _tied(C, names=None):
+    "Says which columns of the first singular covariance determine one another, or None."
+    d = C.shape[-1]
+    flat = C.reshape(-1, d, d)
+    bad = (_spectrum(flat)[1][:, 0] < _TIED).nonzero()
+    if not len(bad):
+        return None
+    names = list(range(d)) if names is None else names
+
+    def tell(group):
+        first = [repr(names[j]) for j in group[: 5 if len(group) > 6 else 6]]
+        rest = f"{len(group) - 5} more" if len(group) > 6 else first.pop()
+        return f"columns {', '.join(first)} and {rest} determine one another"
+
+    graph = f" (graph {bad[0].item()})" if C.ndim > 2 else ""
+    return "; ".join(map(tell, tied_columns(flat[bad[0].item()]))) + graph
+
+
 def _cholesky(C, order):
     c = _square(C, "C")
     o = _order(order, c.shape[-1])
     L, info = torch.linalg.cholesky_ex(c[..., o, :][..., o])
-    if info.any():
+    left = L.diagonal(dim1=-2, dim2=-1) ** 2
+    if info.any() or (left < _TIED * c.diagonal(dim1=-2, dim2=-1)[..., o]).any():
         raise ValueError(
-            "C is singular or not positive definite: use more samples than variables, or add a"
-            " ridge to C"
+            f"C is singular: {_tied(_psd(c)) or 'the pivots vanish'}; leave columns out, take more"
+            " rows than columns, or add a ridge to C"
         )
     return L, o
+
+# %% ../../nbs/causal/600_dag.ipynb #0f5b035e
+def noise_scale(
+    C: torch.Tensor,  # (..., d, d) covariance
+) -> torch.Tensor:  # (...), in the unit of the data
+    """$\\det(C)^{1/(2d)}$: the geometric mean of the standard deviations of the noise of any
+    linear SEM."""
+    sd, lam, _ = _spectrum(_psd(C))
+    there = lam > _TIED  # measured on correlations, so that the units of the columns do not matter
+    logs = torch.where(there, lam, 1.0).log().sum(-1) / there.sum(-1)
+    return _back((sd.log().mean(-1) + logs / 2).exp(), C)
 
 # %% ../../nbs/causal/600_dag.ipynb #f3ed064d
 def fit_given_order(
@@ -616,6 +755,7 @@ def warn_varsortable(
     above: float = 0.95,  # warn from this varsortability on; simulated data reach it
     # and only if the largest variance is this many times the smallest: below, noise decides
     ratio: float = 2.0,
+    names: list | None = None,  # (d,) of the columns; None: their numbers
 ) -> bool:  # whether it warned
     """Warns when a graph follows the order of the marginal variances: an artefact of units is
     then a possible explanation."""
@@ -625,56 +765,74 @@ def warn_varsortable(
     if leaks:
         warnings.warn(
             f"varsortability of the graph is {vs:.2f}: almost every edge points to the column with"
-            " the larger variance. Compare with sort_n_regress, and fit again on standardised"
-            " columns before you trust a direction.",
+            f" the larger variance, and {_spread(v, names)}. One column in another unit may give"
+            " another graph. Compare with sort_n_regress, and fit again on standardised columns"
+            " before you trust a direction.",
             UserWarning,
             stacklevel=2,
         )
     return leaks
 
 
-def _singular(C, tol=1e-12):  # (...): is a column a combination of others, up to this share?
-    sd = C.diagonal(dim1=-2, dim2=-1).sqrt()
-    L, info = torch.linalg.cholesky_ex(C / sd[..., :, None] / sd[..., None, :])
-    # the squares of its diagonal are what the columns before leave of the variance of each
-    return (info > 0) | (L.diagonal(dim1=-2, dim2=-1).square().amin(-1) < tol)
+def _spread(v, names):
+    "The range of the standard deviations, in words."
+    names = list(range(len(v))) if names is None else names
+    a, b = (f"{v[j].sqrt().item():.2g} ({names[j]!r})" for j in (int(v.argmin()), int(v.argmax())))
+    return f"the standard deviations go from {a} to {b}"
+
+
+def _warn_data(C, n=None, names=None, level=4):
+    "What can be said before a fit: fewer rows than columns, columns that determine one another."
+    d = C.shape[-1]
+    tied = None if n and n <= d else _tied(C, names)
+    if n and n <= d:
+        warnings.warn(
+            f"{n} rows for {d} columns: the covariance is singular, and the penalty decides what"
+            " the data leave open. (If the rows are your variables, pass the transpose.)",
+            UserWarning,
+            stacklevel=level,
+        )
+    if tied:
+        warnings.warn(
+            f"{tied}: the data cannot tell which of them has an edge, and the penalty shares it"
+            " out. Leave columns out until none is a combination of others",
+            UserWarning,
+            stacklevel=level,
+        )
+
+
+def _warn_units(C, B, names=None, level=4):
+    "What can be said of the units of columns once there is a graph: one warning, or none."
+    v = C.diagonal()
+    if len(v) > 1 and (v.max() / v.min()).item() < 1.01:
+        warnings.warn(
+            "all columns have the same variance, as standardised ones have: least squares takes the"
+            " direction of an edge from the variances, and without them it does no better than no"
+            " graph (notebooks 602 and 699)",
+            UserWarning,
+            stacklevel=level,
+        )
+    elif not warn_varsortable(C, B, names=names) and (v.max() / v.min()).item() > 1e4:
+        warnings.warn(
+            f"{_spread(v, names)}: the unit of all columns together makes no difference, that of"
+            " one column does. It turns edges, and a weight is in units of the effect for one unit"
+            " of the cause, so that the threshold, too, means something else for every pair",
+            UserWarning,
+            stacklevel=level,
+        )
 
 
 def warn_table(
     C: torch.Tensor,  # (d, d) covariance of a user's table
     B: torch.Tensor,  # (d, d) the graph that was learned from it
     n: int,  # rows of the table
+    names: list | None = None,  # (d,) of the columns; None: their numbers
 ) -> None:
-    """What a table may hide: too few rows, a combination of columns, standardised columns, or a
-    graph that follows the variances. The fits call it for a DataFrame."""
-    v = _psd(C).diagonal()
-    d = len(v)
-    if n <= d:
-        warnings.warn(
-            f"{n} rows for {d} columns: the covariance is singular, and the penalty decides what"
-            " the data leave open",
-            UserWarning,
-            stacklevel=3,
-        )
-    elif _singular(_psd(C)).item():
-        warnings.warn(
-            "the covariance is singular: a column is a combination of others, and the penalty"
-            " decides which of them gets its edges",
-            UserWarning,
-            stacklevel=3,
-        )
-    if d < 2:
-        return
-    if (v.max() / v.min()).item() < 1.01:
-        warnings.warn(
-            "all columns have the same variance, as standardised ones have: least squares takes the"
-            " direction of an edge from the variances, and without them it does no better than no"
-            " graph (notebooks 602 and 699)",
-            UserWarning,
-            stacklevel=3,
-        )
-    else:
-        warn_varsortable(C, B)
+    """What a table may hide: too few rows, columns that determine one another, standardised
+    columns, or directions that hang on units. The fits say it for a DataFrame."""
+    C = _psd(C, one=True)
+    _warn_data(C, n, names)
+    _warn_units(C, B, names)
 
 # %% ../../nbs/causal/600_dag.ipynb #8fefa5f5
 @dataclass
@@ -683,7 +841,7 @@ class DagFit:
 
     W: torch.Tensor  # (..., d, d) weights of a DAG
     sigma: torch.Tensor | None = None  # (..., d) noise standard deviations
-    names: list[str] | None = None  # (d,) one for each node; None: their numbers
+    names: list[Hashable] | None = None  # (d,) labels of the nodes; None: their numbers
     raw: torch.Tensor | None = None  # (..., d, d) weights before threshold and `to_dag`
     h: torch.Tensor | None = None  # (...) h_exp of `raw`: how far from a DAG the optimiser stopped
     objective: torch.Tensor | None = None  # (...) last value of what was minimised
@@ -709,20 +867,21 @@ class DagFit:
         if self.W.ndim != 2:
             raise ValueError(f"this DagFit holds {len(self)} graphs: pick one with fit[i]")
         W = np.asarray(self.W.detach().cpu() if torch.is_tensor(self.W) else self.W)
-        return W, self.names or [str(j) for j in range(len(W))]
+        return W, list(range(len(W))) if self.names is None else self.names
 
     def order(self) -> list[int]:
         "The nodes, causes first."
         return topological_order(self.W)
 
-    def edges(self) -> list[tuple[str, str, float]]:  # (cause, effect, weight), strongest first
-        "The edges by name."
+    # (cause, effect, weight), strongest first
+    def edges(self) -> list[tuple[Hashable, Hashable, float]]:
+        "The edges by the labels of the nodes, which are the table's own, or numbers."
         W, names = self._one()
         found = [(names[i], names[j], float(W[i, j])) for i, j in zip(*np.nonzero(W))]
         return sorted(found, key=lambda e: -abs(e[2]))
 
     def to_networkx(self):
-        "A `networkx.DiGraph` with the names as nodes and `weight` on the edges."
+        "A `networkx.DiGraph` with the labels as nodes and `weight` on the edges."
         import networkx as nx
 
         _, names = self._one()
@@ -736,8 +895,8 @@ class DagFit:
         ax=None,  # axes to draw on; None: new ones
         truth: torch.Tensor | None = None,  # (d, d) graph to compare with
     ):
-        """Draws the graph in layers, causes on top; with `truth`, colours tell right, reversed,
-        extra and missing edges apart."""
+        """Draws the graph in layers, causes on top, weights at the edges; with `truth`, colours
+        tell right, reversed, extra and missing edges apart."""
         W, names = self._one()
         return plot_dag(W, names=names, ax=ax, truth=truth)
 
@@ -765,18 +924,20 @@ def _layers(base):
 
 def plot_dag(
     W: torch.Tensor,  # (d, d) DAG, 0/1 or weights
-    names: list[str] | None = None,  # (d,) one for each node; None: their numbers
+    names: list[Hashable] | None = None,  # (d,) one for each node; None: their numbers
     ax=None,  # axes to draw on; None: new ones
     truth: torch.Tensor | None = None,  # (d, d) graph to compare with
 ):
-    """Draws a DAG in topological layers. Right edges solid, reversed dashed, extra dash-dotted,
-    missing dotted."""
+    """Draws a DAG in topological layers, with the weights at the edges unless all are 1. Right
+    edges solid, reversed dashed, extra dash-dotted, missing dotted."""
     import matplotlib.pyplot as plt
+    from matplotlib.patheffects import withStroke
 
-    has_edge = lambda m: np.asarray(m.detach().cpu() if torch.is_tensor(m) else m) != 0
-    W = has_edge(W)
-    T = W if truth is None else has_edge(truth)
-    d, names = len(W), names or [str(j) for j in range(len(W))]
+    array = lambda m: np.asarray(m.detach().cpu() if torch.is_tensor(m) else m)
+    weight = array(W)
+    W = weight != 0
+    T = W if truth is None else array(truth) != 0
+    d, names = len(W), list(range(len(W))) if names is None else names
     if len(names) != d or T.shape != W.shape:
         raise ValueError(
             f"names and truth must fit the {d} nodes, got {len(names)} names and truth of shape"
@@ -790,22 +951,33 @@ def plot_dag(
         "extra": (W & ~T & ~T.T, "#B5588F", "-."),
         "missing": (T & ~W & ~W.T, "#737373", ":"),
     }
+    bend, shade = {}, {}
     for label, (E, color, style) in kinds.items():
         arrow = dict(arrowstyle="-|>", color=color, ls=style, lw=1.4, shrinkA=9, shrinkB=9)
         for i, j in zip(*np.nonzero(E)):
-            bend = 0.06 + 0.12 * max(abs(depth[i] - depth[j]) - 1, 0)
-            props = arrow | dict(connectionstyle=f"arc3,rad={bend}")
+            bend[i, j] = 0.06 + 0.12 * max(abs(depth[i] - depth[j]) - 1, 0)
+            props = arrow | dict(connectionstyle=f"arc3,rad={bend[i, j]}")
             ax.annotate("", pos[j], pos[i], arrowprops=props)
+            shade[i, j] = color
         if truth is not None and E.any():
             ax.plot([], [], color=color, ls=style, label=f"{label} ({E.sum()})")
     box = dict(boxstyle="round,pad=.25", fc="#E8EEF4", ec="#556677", lw=0.8)
     for j, (x, y) in pos.items():
         centred = dict(ha="center", va="center", fontsize=9, color="#112233")
-        ax.text(x, y, names[j], bbox=box, **centred)
+        ax.text(x, y, str(names[j]), bbox=box, **centred)
     xs, ys = zip(*pos.values())
     ax.set_xlim(min(xs) - 0.12, max(xs) + 0.12)
     ax.set_ylim(min(ys) - 0.4, max(ys) + 0.4)
     ax.axis("off")
+    if not np.isin(weight, (0, 1)).all():
+        at = ax.transData.transform
+        for i, j in zip(*np.nonzero(W)):  # on the bent arrow, a little nearer to its head
+            a, b = at(pos[i]), at(pos[j])
+            off = bend[i, j] * 2 * 0.58 * 0.42 * np.array([b[1] - a[1], a[0] - b[0]])
+            x, y = ax.transData.inverted().transform(0.42 * a + 0.58 * b + off)
+            halo = dict(path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4)
+            look = dict(ha="center", va="center", fontsize=9, color=shade[i, j])
+            ax.text(x, y, f"{weight[i, j]:.2g}", **look, **halo)
     if truth is not None:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=2, frameon=False, fontsize=9)
     return ax
@@ -819,10 +991,53 @@ def _residuals(w, c):
 
 
 def _fit_args(d, threshold, names):
-    "Checks, before any work, what every fit ends with."
+    "Checks, before any work, what every fit ends with; gives the names as a list."
     _number("threshold", threshold)
-    if names is not None and (isinstance(names, str) or len(names) != d or len(set(names)) != d):
+    if names is None:
+        return None
+    plain = [] if isinstance(names, str) else _plain(names)
+    if len(plain) != d or len(set(plain)) != d:
         raise ValueError(f"names must have {d} different entries, got {names!r}")
+    return plain
+
+
+class _Bar:
+    "A bar: at once (True), never (False), or where a run will take over five seconds (None)."
+
+    def __init__(self, total, progress, desc):
+        self.total, self.progress, self.desc = total, progress, desc  # total None: not known
+        self.bar, self.start = None, time.monotonic()
+
+    def to(self, done):
+        if self.bar is None and self.progress is not False:
+            took = time.monotonic() - self.start
+            whole = took * self.total / max(done, 1) if self.total else took
+            if self.progress or took > 0.5 and whole > 5:
+                from tqdm import tqdm
+
+                how = dict(desc=self.desc, leave=False, mininterval=0.5)
+                self.bar = tqdm(total=self.total, initial=done, **how)
+        if self.bar is not None and done > self.bar.n:
+            self.bar.update(done - self.bar.n)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _warn_scale(C, method, lam):
+    "Warns where the noise is far from 1: the penalty and the path of these methods have units."
+    scale = noise_scale(C).reshape(-1)
+    far = ((scale < 0.1) | (scale > 10)).nonzero()
+    if len(far):
+        u = scale[far[0, 0]].item()
+        warnings.warn(
+            f"the noise in C is about {u:.2g} (noise_scale), and {method} with lam={lam} is made"
+            " for noise near 1: in another common unit it finds another graph. Pass"
+            f" C / {u:.2g}**2",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _fit(C, raw, method, threshold, names=None, **kw):
@@ -842,7 +1057,7 @@ def sort_n_regress(
     """Order by marginal variance, then regress: the baseline that reads the scale. Source:
     Reisach et al. 2021."""
     c = _psd(C, one=True)
-    _fit_args(len(c), threshold, names)
+    names = _fit_args(len(c), threshold, names)
     order = c.diagonal().argsort().tolist()
     raw = lasso_given_order(C, order, lam) if lam else fit_given_order(C, order)
     return _fit(C, raw, "sort_n_regress", threshold, names)
@@ -858,6 +1073,7 @@ def notears(
     rho_max: float = 1e16,  # give up when rho reaches this; the official code's choice
     max_iter: int = 100,  # dual steps at most; the official code's choice
     names: list[str] | None = None,  # (d,) one for each node
+    progress: bool | None = None,  # count the evaluations; None: once it has taken five seconds
 ) -> DagFit:
     """Least squares with an l1 penalty under h(W) = 0, by augmented Lagrangian and L-BFGS-B.
     Source: Zheng et al. 2018."""
@@ -872,7 +1088,9 @@ def notears(
     c = _psd(C, one=True).cpu().numpy()
     d = len(c)
     eye = np.eye(d)
-    _fit_args(d, threshold, names)
+    names = _fit_args(d, threshold, names)
+    _warn_scale(torch.as_tensor(c), "notears", lam)
+    bar, seen = _Bar(None, progress, "notears"), 0
     W_of = lambda x: (x[: d * d] - x[d * d :]).reshape(d, d)
 
     def acyclic(W):  # h_poly and h_exp in numpy: called thousands of times on one small matrix
@@ -884,6 +1102,9 @@ def notears(
         return (P.T * (eye + A / d)).sum() - d, 2 * W * P.T
 
     def f(x, rho, alpha):
+        nonlocal seen
+        seen += 1
+        bar.to(seen)
         W = W_of(x)
         E = eye - W
         CE = c @ E
@@ -907,6 +1128,7 @@ def notears(
         alpha += rho * hv
         if hv <= h_tol or rho >= rho_max:
             break
+    bar.close()
     W = torch.as_tensor(W_of(x), device=C.device) if torch.is_tensor(C) else W_of(x)
     last = dict(objective=history[-1]["objective"], converged=bool(hv <= h_tol))
     return _fit(C, W, "notears", threshold, names, history=history, **last)
@@ -945,13 +1167,14 @@ def golem(
     threshold: float = 0.3,  # |weights| up to this are removed; the paper's choice
     init: torch.Tensor | None = None,  # (..., d, d) start; None: zeros, for NV the EV solution
     names: list[str] | None = None,  # (d,) one for each node
+    progress: bool | None = None,  # a bar; None: if the run will take over five seconds
 ) -> DagFit:
     "Gaussian likelihood with soft l1 and acyclicity penalties, by Adam. Source: Ng et al. 2020."
     if variance not in ("equal", "unequal"):
         raise ValueError(f"variance must be 'equal' or 'unequal', got {variance!r}")
     c = _psd(C)
     equal = variance == "equal"
-    _fit_args(c.shape[-1], threshold, names)
+    names = _fit_args(c.shape[-1], threshold, names)
     _whole("iters", iters, 1)
     _number("lr", lr, positive=True)
     _number("lam_h", lam_h)
@@ -961,16 +1184,18 @@ def golem(
     elif equal:
         W = torch.zeros_like(c)
     else:
-        W = golem(c, "equal", None, lam_h, iters, lr, threshold).raw
+        W = golem(c, "equal", None, lam_h, iters, lr, threshold, progress=progress).raw
     lam = lam if lam is not None else 0.02 if equal else 0.002
     off = 1 - torch.eye(W.shape[-1], dtype=W.dtype, device=W.device)
-    m, v = torch.zeros_like(W), torch.zeros_like(W)
+    m, v, bar = torch.zeros_like(W), torch.zeros_like(W), _Bar(iters, progress, "golem")
     for t in range(1, iters + 1):
+        bar.to(t - 1)
         value, g = _golem_step(c, W, equal, lam, lam_h)
         g = g * off
         m.lerp_(g, 0.1)
         v.lerp_(g * g, 0.001)
         W = W - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    bar.close()
     method = f"golem-{'ev' if equal else 'nv'}"
     return _fit(C, _back(W, C), method, threshold, names, objective=_back(value, C))
 
@@ -1057,12 +1282,10 @@ def follow_path(
     # allows those, too: pass ones)
     allowed: torch.Tensor | None = None,
     callback: Callable | None = None,  # callback(stage, iteration, W (b, d, d)) at every checkpoint
-    progress: bool = False,  # whether to show a bar
+    progress: bool | None = None,  # a bar; None: if the run will take over five seconds
 ):  # W (b, d, d), sigma (b, d), history, converged (b,)
     """Minimises `mu_k (score + lam |W|_1) + h_logdet(W, s_k)` over the stages k by Adam.
     Source: Bello et al. 2022, Algorithm 1."""
-    from tqdm.auto import tqdm
-
     nb, d = C.shape[0], C.shape[-1]
     _solver_args(nb, lam, s, mu, iters, lr, tol, checkpoint)
     xp, new, host = _array_tools(C)
@@ -1073,7 +1296,7 @@ def follow_path(
     mask = new(np.broadcast_to(allowed, (nb, d, d)).copy())
     W = 0 * C if init is None else C * 0 + init
     sigma, history, converged = W[:, 0] * 0 + 1 if sigma is None else sigma, [], np.zeros(nb, bool)
-    bar = tqdm(total=sum(iters), disable=not progress)
+    bar = _Bar(sum(iters), progress, "fit")
     for k, (mu_k, s_k, n) in enumerate(zip(mu, s, iters)):
         run, nw, nsig = np.arange(nb), W + 0, sigma + 0  # nw, nsig: what the stage leaves
         w, sg, c, l1, mk = W + 0, sigma + 0, C, lam_all, mask
@@ -1082,6 +1305,7 @@ def follow_path(
         CE, S, R, step = c - c @ w, col(dom), col(rate), 0 * w
         c1, c2 = map(col, _adam_factors(n, decay, betas))
         while len(run):
+            bar.to(sum(iters[:k]) + int(t[0]))
             t += 1
             M = xp.linalg.inv(S * eye - w * w)
             if M.min() < -1e-6:  # left the domain of h
@@ -1116,8 +1340,6 @@ def follow_path(
             check = (t % checkpoint == 0) | (t >= n)
             if not check.any():
                 continue
-            if run[check][0] == run[0]:
-                bar.update(min(checkpoint, n))
             at = np.flatnonzero(check)
             wa, sa = w[at], sg[at]
             obj, h = _stage_value(xp, eye, c[at], wa, sa, l1[at], S[at], mu_k, bool(scale))
@@ -1164,7 +1386,7 @@ def solve_path(
     GPU, as a `DagFit`."""
     c = _psd(C)
     d = c.shape[-1]
-    _fit_args(d, threshold, names)
+    names = _fit_args(d, threshold, names)
 
     def flat(t):
         t = t.reshape(-1, d, d)
@@ -1203,6 +1425,7 @@ def dagma(
 ) -> DagFit:
     """Least squares and the log-det acyclicity function along a central path. Source: Bello et
     al. 2022."""
+    _warn_scale(_psd(C), "dagma", lam)
     return solve_path(C, None, "dagma", threshold, names, lam=lam, **path)
 
 # %% ../../nbs/causal/600_dag.ipynb #9edb1c16

@@ -15,7 +15,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from .dag import _generator, _number, _whole
+from diffkit.causal.dag import (
+    _Bar,
+    _generator,
+    _labels as _column_labels,
+    _missing,
+    _number,
+    _plain,
+    _read,
+    _table,
+    _tied,
+    _whole,
+    covariance,
+)
 
 # %% auto #0
 __all__ = ['FORMS', 'LatentSCM', 'to_canonical', 'LeakyLinear', 'ILD', 'take_runs',
@@ -444,6 +456,7 @@ def fit_ild(
     loss: Callable | None = None,
     generator: torch.Generator | int | None = 0,  # of the batches
     callback: Callable | None = None,  # callback(iteration, losses)
+    progress: bool | None = None,  # a bar; None: if the run will take over five seconds
 ) -> torch.Tensor:  # (iters, runs) or (iters,): the losses
     "Fits all runs of a model together by maximum likelihood."
     D, runs = model.scm.domains, model.scm.runs
@@ -451,7 +464,8 @@ def fit_ild(
         kind = X.dtype if torch.is_tensor(X) else type(X).__name__
         raise TypeError(f"X must be a floating-point tensor, got {kind}")
     if not torch.isfinite(X).all():
-        raise ValueError("X holds NaN or infinity")
+        column = (~torch.isfinite(X)).flatten(0, -2).any(0).nonzero()[0].item()
+        raise ValueError(f"X holds NaN or infinity in column {column}")
     if X.ndim != 2 and (X.ndim != 3 or runs is None or X.shape[0] not in (1, runs)):
         raise ValueError(f"X must be (n, p) or ({runs}, n, p), got shape {tuple(X.shape)}")
     if not torch.is_tensor(d):
@@ -478,7 +492,9 @@ def fit_ild(
     opt = torch.optim.Adam(model.parameters(), lr, betas=betas, foreach=True)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(opt, iters, lr / 100)
     whole, losses = rows.unflatten(-2, (D, -1)) if batch is None else None, []
+    bar = _Bar(iters, progress, "fit")
     for i in range(iters):
+        bar.to(i)
         if batch is not None:
             draw = (torch.rand(D, batch, generator=g) * count).long().clamp(max=count - 1)
             idx = (start + draw).to(home)
@@ -490,6 +506,7 @@ def fit_ild(
         losses.append(value.detach())
         if callback:
             callback(i, losses[-1])
+    bar.close()
     return torch.stack(losses)
 
 # %% ../../nbs/causal/603_domain_counterfactuals.ipynb #967f9509
@@ -631,11 +648,16 @@ class DomainMap:
         "Every row as it would have been in domain `to`; what is not a measured column stays."
         if to not in self.domains:
             raise ValueError(f"to must be one of {self.domains}, got {to!r}")
-        frame = hasattr(table, "columns")
+        labels = _column_labels(table, "table")
+        frame = labels is not None
         if domain is None:
-            if not frame or self.by is None:
-                raise ValueError("domain must be given: the fit knows no column that holds it")
+            if not frame or self.by not in labels:
+                raise ValueError(
+                    "domain must be given: the table has no column that holds it"
+                    + (f" (in the fit it was {self.by!r})" if self.by is not None else "")
+                )
             domain = table[self.by]
+        domain = _plain(domain)
         code = {v: i for i, v in enumerate(self.domains)}
         unknown = sorted({str(v) for v in domain if v not in code})
         if unknown:
@@ -644,7 +666,13 @@ class DomainMap:
                 f" {self.domains}"
             )
         d = torch.tensor([code[v] for v in domain], dtype=torch.long)
-        x = _columns(table[self.columns] if frame else table)
+        if frame and self.columns is None:
+            raise ValueError("table must be an array as in the fit, or its values: .to_numpy()")
+        x = _columns(_pick(table, self.columns, labels) if frame else table)
+        if x.shape[1] != len(self.mean):
+            raise ValueError(
+                f"table must have the {len(self.mean)} columns of the fit, got {x.shape[1]}"
+            )
         if len(x) != len(d):
             raise ValueError(f"domain must have one value a row, got {len(d)} for {len(x)} rows")
         z = ((x - self.mean) / self.sd).to(self.mean.dtype)
@@ -662,18 +690,18 @@ class DomainMap:
         return out
 
 
-def _columns(X):  # (n, p) float64, on the processor
-    try:
-        values = X.detach().cpu().numpy() if torch.is_tensor(X) else X
-        x = torch.as_tensor(np.array(values, dtype=np.float64))
-    except (TypeError, ValueError) as e:
-        raise TypeError(f"table must be numeric: {e}") from e
+def _columns(X, read=_read):  # (n, p) float64, on the processor
+    x = read(X, "table")[0].cpu()
     if x.ndim != 2:
         raise ValueError(f"table must be (n, p), got shape {tuple(x.shape)}")
-    if not torch.isfinite(x).all():
-        first = int((~torch.isfinite(x)).any(0).nonzero()[0])
-        raise ValueError(f"table holds NaN or infinity in column {first}")
     return x
+
+
+def _pick(table, columns, labels):
+    lost = [c for c in columns if c not in labels]
+    if lost:
+        raise ValueError(f"table has no column {lost[0]!r}; columns: {labels}")
+    return table[columns]
 
 # %% ../../nbs/causal/603_domain_counterfactuals.ipynb #9ebfcbe8
 def fit_domains(
@@ -690,28 +718,44 @@ def fit_domains(
     lr: float = 1e-2,  # first learning rate, as in fit_ild
     holdout: float = 0.25,  # share of the rows of each domain that judges k and the starts
     generator: torch.Generator | int | None = 0,  # of the split, the starts and the batches
+    progress: bool | None = None,  # a bar; None: if the fit will take over five seconds
 ) -> DomainMap:
     "Fits invertible latent domain models to a table and keeps the sparsest one that fits."
-    by = None
-    if hasattr(table, "columns"):
-        if isinstance(domain, str):
-            if domain not in table.columns:
+    by, labels = None, _column_labels(table, "table")
+    if labels is not None:
+        if np.ndim(domain) == 0 or isinstance(domain, tuple):  # a label; a tuple may hold values
+            if domain in labels:
+                by, domain = domain, table[domain]
+            elif not isinstance(domain, tuple):
                 raise ValueError(
-                    f"domain must be a column of the table, got {domain!r}; columns:"
-                    f" {list(table.columns)}"
+                    f"domain must be a column of the table, got {domain!r}; columns: {labels}"
                 )
-            by, domain = domain, table[domain]
         if columns is None:
-            columns = [c for c in table.select_dtypes("number").columns if c != by]
+            numeric = set(_plain(table.select_dtypes("number").columns))
+            columns = [c for c in labels if c in numeric and c != by]
+            if not columns:
+                raise ValueError(f"table has no columns of numbers; columns: {labels}")
         columns = list(columns)
-        x = _columns(table[columns])
+        table = _pick(table, columns, labels)
     else:
-        x, columns = _columns(table), None
-    values = list(domain)
+        columns = None
+    x = _columns(table, _table)
+    if not hasattr(domain, "__len__") or isinstance(domain, str):
+        raise ValueError(f"domain must have one value a row, got {domain!r} for {len(x)} rows")
+    values = _plain(domain)
     if len(values) != len(x):
         raise ValueError(f"domain must have one value a row, got {len(values)} for {len(x)} rows")
-    if any(v is None or v != v for v in values):
-        raise ValueError("domain holds missing values: every row needs one")
+    if any(map(_missing, values)):
+        raise ValueError(
+            f"domain holds {sum(map(_missing, values))} missing values: every row needs one"
+        )
+    if len(x) <= x.shape[1]:
+        raise ValueError(
+            f"table has {len(x)} rows for {x.shape[1]} columns: a density needs more rows. If the"
+            " rows are your variables, pass the transpose"
+        )
+    if tied := _tied(covariance(x), columns):
+        raise ValueError(f"{tied}, so they have no density: leave columns out")
     names = sorted(set(values), key=str)
     p = x.shape[1]
     if len(names) < 2:
@@ -722,13 +766,6 @@ def fit_domains(
     ks = list(range(1, p + 1)) if k is None else sorted(set(k)) if isinstance(k, Sequence) else [k]
     d, g = torch.tensor([names.index(v) for v in values]), _generator(generator)
     mean, sd = x.mean(0), x.std(0)
-    if (sd == 0).any():
-        i = int(sd.argmin())
-        raise ValueError(
-            f"table has a constant column: {columns[i]!r}"
-            if columns
-            else f"table has a constant column: {i}"
-        )
     z = ((x - mean) / sd).float()
     test = torch.zeros(len(z), dtype=torch.bool)
     for i, name in enumerate(names):
@@ -743,7 +780,8 @@ def fit_domains(
     C = torch.linalg.cholesky(torch.cov(z.T) + 1e-4 * torch.eye(p)) if p > 1 else torch.ones(1, 1)
     Q = torch.linalg.qr(torch.randn(starts, p, p, generator=g))[0]
     model.g.G.data.copy_(C @ Q.repeat(len(ks), 1, 1))
-    fit_ild(model, z[~test], d[~test], iters, batch=batch, lr=lr, generator=g)
+    how = dict(batch=batch, lr=lr, generator=g, progress=progress)
+    fit_ild(model, z[~test], d[~test], iters, **how)
     with torch.no_grad():
         cost = -model.log_prob(z[test], d[test]).nan_to_num(-1e9)  # (runs, rows)
     # every domain counts the same, as in the fit

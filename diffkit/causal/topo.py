@@ -8,6 +8,7 @@ __all__ = ['SCORES', 'walk_sums', 'swap_candidates', 'kkt_gap', 'swap_ratios', '
            'CovarianceScore', 'NodeScore', 'search_orders', 'linear_nodes', 'topo']
 
 # %% ../../nbs/causal/602_topo.ipynb #3c3b3d55
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Protocol
@@ -18,6 +19,7 @@ import torch
 from diffkit.causal.dag import (
     DagFit,
     _back,
+    _Bar,
     _cholesky,
     _expand,
     _fit,
@@ -25,14 +27,16 @@ from diffkit.causal.dag import (
     _number,
     _order,
     _psd,
-    _singular,
     _square,
     _table,
+    _tied,
+    _warn_data,
+    _warn_units,
     _whole,
     covariance,
     fit_given_order,
+    noise_scale,
     topological_order,
-    warn_table,
 )
 
 # %% ../../nbs/causal/602_topo.ipynb #54db4d03
@@ -343,6 +347,8 @@ def linear_nodes(
         ok = _square(allowed, "allowed").cpu().numpy() != 0
     if ok.shape != c.shape:
         raise ValueError(f"allowed must be a mask of {d} nodes, got shape {ok.shape}")
+    if not l1 and (tied := _tied(torch.as_tensor(c))):
+        raise ValueError(f"C is singular: {tied}; leave columns out, or use l1 > 0")
 
     def fit(j, parents):
         use = ok[parents, j]
@@ -408,7 +414,9 @@ def topo(
     init: "DagFit | torch.Tensor | None" = None,
     # "ls", "colide_nv", an elementwise function of the residual variances, or a `NodeScore`
     score: str | Callable | OrderScore = "ls",
-    lam: float = 0.0,  # ridge, added to the diagonal of the covariance; needed where n <= d
+    # ridge in units of the noise: lam * noise_scale**2 is added to the variances; needed where
+    # n <= d, or where columns determine one another
+    lam: float = 0.0,
     # pairs tried in every round; None: all, or the paper's set for a `NodeScore`; the demo: 100
     small: int | None = None,
     large: int | None = None,  # pairs tried when the small set fails; None: all; the demo: 400
@@ -416,8 +424,9 @@ def topo(
     tol: float = 1e-8,  # smallest improvement that counts, relative to the score
     max_rounds: int = 10_000,  # a guard: the search ends by itself
     threshold: float = 0.3,  # weights up to this are removed at the end, as in the demo
-    names: list[str] | None = None,  # of the columns; a DataFrame brings its own
+    names: list | None = None,  # of the columns; a DataFrame brings its own
     callback: Callable | None = None,  # callback(round, order, score)
+    progress: bool | None = None,  # count the rounds; None: once it has taken five seconds
 ) -> DagFit:  # objective: the score of the order; history[-1]: the order itself and the counts
     "Learns a linear DAG by swaps of nodes in a topological order. Source: Deng et al. 2023."
     if (X is None) == (cov is None):
@@ -430,30 +439,30 @@ def topo(
     _number("lam", lam)
     own = all(hasattr(score, m) for m in ("costs", "weights", "gains"))  # an OrderScore
     if X is None:
-        C, like = _psd(cov, "cov"), cov
+        C, like, n = _psd(cov, "cov"), cov, None
     else:
-        t, found = _table(X)
-        names, like, C = names or found, X, covariance(t)
-        if not lam and not own and t.shape[-2] <= t.shape[-1]:
+        t, found = _table(X, least=2)
+        names, like, C, n = found if names is None else names, X, covariance(t), t.shape[-2]
+        if not lam and not own and n <= t.shape[-1]:
             raise ValueError(
-                f"n={t.shape[-2]} samples of d={t.shape[-1]} variables give a singular covariance:"
-                " use lam > 0 (a ridge)"
+                f"X has {n} rows for {t.shape[-1]} columns, which leaves the graph open: use"
+                " lam > 0 (a ridge). If the rows are your variables, pass the transpose"
             )
     d = C.shape[-1]
-    _fit_args(d, threshold, names)
+    names = _fit_args(d, threshold, names)
     if own and C.ndim > 2:
         raise ValueError(
             f"an OrderScore belongs to one graph, got a batch of shape {tuple(C.shape[:-2])}"
         )
-    C = C + lam * torch.eye(d, dtype=C.dtype, device=C.device)
-    flat = C.reshape(-1, d, d)
-    if not len(flat):
+    if not C.numel():
         raise ValueError(f"the batch holds no graph: got shape {tuple(C.shape)}")
-    if not own and _singular(flat).any():
-        raise ValueError(
-            "the covariance is singular (a column may be a combination of others): use lam > 0 (a"
-            " ridge), or drop the column"
-        )
+    if not own and not lam and (tied := _tied(C, names)):
+        raise ValueError(f"{tied}: leave columns out, or use lam > 0 (a ridge)")
+    if lam or own:
+        _warn_data(C, n, names, 3)
+    table, size = C, noise_scale(C)[..., None, None] ** 2
+    C = C + lam * size * torch.eye(d, dtype=C.dtype, device=C.device)
+    flat = C.reshape(-1, d, d)
     starts = _starts(C, flat, order, init)
     scores = [score if own else CovarianceScore(c, score) for c in flat]
     _sizes(scores[0], d, small, large, large_searches)  # warns once, here
@@ -462,8 +471,16 @@ def topo(
     if large is not None:
         large = min(large, d * (d - 1) // 2)
     kw = dict(small=small, large=large, large_searches=large_searches)
-    kw |= dict(tol=tol, max_rounds=max_rounds, callback=callback)
+    bar, rounds = _Bar(None, progress, "topo"), itertools.count(1)
+
+    def each_round(*state):
+        bar.to(next(rounds))
+        if callback:
+            callback(*state)
+
+    kw |= dict(tol=tol, max_rounds=max_rounds, callback=each_round)
     runs = [search_orders(s, o, **kw) for s, o in zip(scores, starts)]
+    bar.close()
     best = [s.weights(torch.as_tensor(o)) for s, (o, _, _) in zip(scores, runs)]
     raw = torch.stack([_square(w).to(C.device) for w in best]).reshape(C.shape)
 
@@ -484,5 +501,5 @@ def topo(
         **(dict(sigma=None) if own else {}),
     )
     if X is not None and found and C.ndim == 2:
-        warn_table(C - lam * torch.eye(d, dtype=C.dtype, device=C.device), fit.W, t.shape[-2])
+        _warn_units(table, fit.W, names, 3)
     return fit
