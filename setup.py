@@ -10,9 +10,8 @@ cfg.read(Path(__file__).parent / "settings.ini", encoding="utf-8")
 cfg = cfg["DEFAULT"]
 lines = lambda key: [o.strip() for o in cfg.get(key, "").splitlines() if o.strip()]
 extras = {k.removesuffix("_requirements"): lines(k) for k in cfg if k.endswith("_requirements")}
-extras["all"] = sorted(
-    {r for k, v in extras.items() if k not in ("dev", "docs", "bench") for r in v}
-)
+apart = ("cluster", "dev", "docs", "bench")  # not what the notebooks use
+extras["all"] = sorted({r for k, v in extras.items() if k not in apart for r in v})
 
 setup(
     name=cfg["lib_name"],

@@ -25,10 +25,6 @@ def _in_chapter(chapter: str | None) -> dict:  # slug -> path
     return {s: p for s, p in every.items() if wanted in (None, p.parent.name)}
 
 
-def _names(slugs: list | None) -> list | None:  # in any case; files as they are
-    return [s if Path(s).exists() else s.lower() for s in slugs] if slugs else None
-
-
 def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None):
     "List the notebooks of the course."
     from diffkit.core.lab import title
@@ -46,7 +42,8 @@ def run_notebooks(
     slugs: Param("slugs, numbers or files; none means all", str, nargs="*"),
     scale: Param("size of the experiments: quick, full or smoke", str) = "quick",
     jobs: Param("notebooks at once", int) = 2,
-    backend: Param("joblib backend: loky here; dask or ray on a cluster", str) = "loky",
+    backend: Param("where: loky or threading here, dask or ray on a cluster", str) = "loky",
+    address: Param("of an existing cluster, e.g. tcp://head:8786", str) = None,
     out: Param("folder for executed copies and results", str) = None,
     minutes: Param("with --scale full: run what fits, those without a record first", float) = None,
 ):
@@ -58,14 +55,14 @@ def run_notebooks(
 
         if scale != "full":
             raise ValueError(f"minutes belongs to --scale full, got --scale {scale}")
-        chosen = plan(minutes, _names(slugs))
+        chosen = plan(minutes, slugs or None)
         for path, guess in chosen:
             print(f"{path.stem:32s} about {guess / 60:5.1f} minutes")
         slugs = [str(p) for p, _ in chosen]
         if not slugs:
             print(f"nothing without a fresh record fits into {minutes:g} minutes")
             return
-    rows = run(_names(slugs), scale=scale, jobs=jobs, backend=backend, out=out)
+    rows = run(slugs or None, scale=scale, jobs=jobs, backend=backend, out=out, address=address)
     bad = [r for r in rows if not r["ok"]]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} notebooks passed at scale {scale}"
@@ -86,13 +83,17 @@ def replicate_verdicts(
     slugs: Param("slugs, numbers or files; none means all with claims", str, nargs="*"),
     sets: Param("sets of seeds, none of them the published one", int) = 3,
     jobs: Param("notebooks at once", int) = 2,
+    backend: Param("where: loky or threading here, dask or ray on a cluster", str) = "loky",
+    address: Param("of an existing cluster, e.g. tcp://head:8786", str) = None,
 ):
     "Run notebooks on other seeds, keep the verdicts, and print which change."
-    from diffkit.core.lab import VERDICTS, claims, find
+    from diffkit.core.lab import VERDICTS, claims, find, workers
     from diffkit.core.records import replicate, replicated
 
+    with workers(backend, jobs, address):
+        records = replicate(slugs or None, sets=sets, jobs=jobs)
     firm = same = 0
-    for stem in replicate(_names(slugs), sets=sets, jobs=jobs):
+    for stem in records:
         path = find(stem)
         for c in claims(path):
             if c["verdict"] == "untried":
@@ -105,11 +106,21 @@ def replicate_verdicts(
     print(f"{same} of {firm} verdicts that hold or do not hold replicate in all sets")
 
 
-def train_model(name: Param("name of a model of the zoo", str)):
-    "Train a model of the zoo again, from its recorded data and seed."
+def train_model(
+    name: Param("name of a model of the zoo", str),
+    out: Param("folder for weights and card", str) = "zoo",
+    steps: Param("optimiser steps; none: as in its recipe", int) = None,
+):
+    "Train a model of the zoo again, from its recorded data and seed; what is shipped stays."
     from diffkit.core import zoo
 
-    zoo.train(name)
+    shipped = zoo.card(name)["quality"]
+    made = zoo.train(name, folder=out, steps=steps)["quality"]
+    print(f"wrote {Path(out) / name}.safetensors and {Path(out) / name}.json")
+    for how, measured in made.items():
+        print(f"{how:32s}{'now':>12s}{'shipped':>12s}")
+        for k, v in measured.items():
+            print(f"  {k:30s}{v:12.4g}{shipped.get(how, {}).get(k, float('nan')):12.4g}")
 
 
 def build_site(
@@ -196,6 +207,6 @@ def _run(argv):
     args = vars(anno_parser(f, prog=f"diffkit {argv[0]}").parse_args(argv[1:]))
     try:
         f(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
-    except (ValueError, FileNotFoundError, SiteError) as e:
+    except (ValueError, FileNotFoundError, ImportError, SiteError) as e:
         print(f"diffkit {argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,11 @@ import json
 import os
 import re
 import sys
+import socket
+import tempfile
 import time
+from configparser import ConfigParser
+from contextlib import contextmanager
 from html import escape
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,11 +23,11 @@ from pathlib import Path
 import numpy as np
 
 # %% auto #0
-__all__ = ['SCALES', 'SEED_SET', 'CLAIM_MIME', 'VERDICTS', 'MACHINE', 'scale', 'pick', 'steps',
-           'device', 'seed_set', 'shifted', 'seeds', 'generator', 'seed_everything', 'Spread',
-           'repeat', 'Verdict', 'verdict', 'exact', 'all_hold', 'Claim', 'claim', 'not_tried',
-           'root', 'notebooks', 'find', 'title', 'claims', 'scorecard', 'write_atomic', 'run_one',
-           'run']
+__all__ = ['SCALES', 'SEED_SET', 'CLAIM_MIME', 'VERDICTS', 'MACHINE', 'HERE', 'CLUSTERS', 'scale',
+           'pick', 'steps', 'device', 'seed_set', 'shifted', 'seeds', 'generator',
+           'seed_everything', 'Spread', 'repeat', 'Verdict', 'verdict', 'exact', 'all_hold',
+           'Claim', 'claim', 'not_tried', 'root', 'notebooks', 'find', 'title', 'claims',
+           'scorecard', 'write_atomic', 'extra_of', 'run_one', 'workers', 'run']
 
 # %% ../../nbs/core/009_lab.ipynb #888cce00
 SCALES = ("quick", "full", "smoke")
@@ -371,14 +375,15 @@ def notebooks() -> dict[str, Path]:  # slug -> path, by number; those without a 
 
 
 def find(
-    slug: str,  # slug, number ("203") or file name of a notebook
+    slug: str,  # slug, number ("203") or file name of a notebook, in any case; or its path
 ) -> Path:
     "The notebook of a slug; an unknown one raises `ValueError` with the nearest names."
     nbs = notebooks()
+    low = slug.lower()
     for s, p in nbs.items():
-        if slug in (s, p.stem, p.stem[:3], p.name, str(p)):
+        if low in (s, p.stem, p.stem[:3], p.name) or slug == str(p):
             return p
-    near = difflib.get_close_matches(slug, [*nbs, *(p.stem for p in nbs.values())], n=3, cutoff=0.4)
+    near = difflib.get_close_matches(low, [*nbs, *(p.stem for p in nbs.values())], n=3, cutoff=0.4)
     raise ValueError(
         f"no notebook {slug!r}"
         + (f"; did you mean {', '.join(near)}?" if near else f"; known: {', '.join(nbs)}")
@@ -422,7 +427,8 @@ def _key(path, scale):  # what a result depends on: code, closure, versions, sca
 
     from diffkit.core.records import code_key
 
-    versions = [version(n) for n in ("torch", "numpy", "matplotlib")]
+    # without "+cpu": the build goes with the device, which the machine's record names
+    versions = [version(n).split("+")[0] for n in ("torch", "numpy", "matplotlib")]
     parts = [scale, code_key(path), *versions, *sys.version_info[:2]]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -432,8 +438,6 @@ def write_atomic(
     data: str | bytes,  # its whole content
 ) -> None:
     "Write a file so that it is old or new but never half: temporary file, fsync, rename."
-    import tempfile
-
     path = Path(path)
     data = data.encode() if isinstance(data, str) else data
     fd, tmp = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
@@ -451,8 +455,25 @@ def write_atomic(
 MACHINE = "from diffkit.core.records import machine\nprint(machine())"
 
 
+def extra_of(
+    module: str,  # as it is imported, e.g. "ot"
+) -> str:  # "" where settings.ini does not name it
+    "How to install an optional package: the extra of settings.ini that brings it."
+    cfg = ConfigParser(delimiters=["="])
+    cfg.read(root() / "settings.ini", encoding="utf-8")
+    known = {"sklearn": "scikit-learn", "ot": "pot", "distributed": "dask", "castle": "gcastle"}
+    top = module.split(".")[0].lower()
+    for key, value in cfg["DEFAULT"].items():
+        names = [re.split(r"[^\w.-]", o.strip())[0].lower() for o in value.splitlines()]
+        if key.endswith("_requirements") and known.get(top, top) in names:
+            return f"pip install 'diffkit[{key.removesuffix('_requirements')}]'"
+    return ""
+
+
 def _error(name, text, code, k, trace=""):  # how a failure is told: the cell is 1-based
     clean = lambda s: re.sub(r"\x1b\[[0-9;]*m", "", s)
+    if missing := re.match(r"No module named '([\w.]+)'", text):
+        text += f"; {how}" if (how := extra_of(missing[1])) else ""
     said = dict(ok=False, cell=k + 1, source=code[k], error=f"{name}: {clean(text)}")
     return said | dict(traceback=clean(trace))
 
@@ -469,6 +490,7 @@ def _by_kernel(path, env, save, timeout, go_on):
     nb.cells.append(nbformat.v4.new_code_cell(MACHINE))
     where = {"metadata": {"path": str(path.parent)}}
     how = dict(timeout=timeout, kernel_name="python3", resources=where, allow_errors=go_on)
+    how["extra_arguments"] = ["--IPKernelApp.log_level=40"]  # its errors, not what it warns of
     out, failure = {}, None
     try:
         NotebookClient(nb, **how).execute(env=env)
@@ -520,7 +542,6 @@ def _script(path, go_on, result):  # in a process of its own: cells one after th
 
 def _by_script(path, env, save, timeout, go_on):
     import subprocess
-    import tempfile
 
     with tempfile.TemporaryDirectory() as tmp:
         result = Path(tmp) / "result.json"
@@ -551,14 +572,110 @@ def run_one(
     return out | {"seconds": round(time.monotonic() - start, 1)}
 
 # %% ../../nbs/core/009_lab.ipynb #01235fc3
+HERE = ("loky", "threading")  # joblib's backends on this machine
+CLUSTERS = {"dask": ("distributed", "'diffkit[cluster]'"), "ray": ("ray", "ray")}
+
+
+@contextmanager
+def workers(
+    backend: str = "loky",  # "loky" or "threading" here, "dask" or "ray" on a cluster
+    jobs: int = 2,  # tasks at once; on an existing dask cluster its threads decide
+    address: str | None = None,  # of an existing cluster; None: a local one of `jobs` workers
+):
+    "Where the work of joblib's loops inside is done: this machine, or a cluster."
+    import joblib
+
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    if backend not in (*HERE, *CLUSTERS):
+        raise ValueError(f"backend must be one of {', '.join((*HERE, *CLUSTERS))}, got {backend!r}")
+    if address and backend in HERE:
+        raise ValueError(f"address belongs to backend dask or ray, got backend {backend!r}")
+    package, source = CLUSTERS.get(backend, ("joblib", ""))
+    if find_spec(package) is None:
+        raise ImportError(f"backend {backend!r} needs {package}: pip install {source}")
+    start = {"dask": _dask, "ray": _ray}.get(backend, _here)
+    with start(jobs, address) as options:
+        with joblib.parallel_config(backend, n_jobs=jobs, **options):
+            yield
+
+
+@contextmanager
+def _here(jobs, address):
+    yield {}
+
+
+@contextmanager
+def _dask(jobs, address):
+    from distributed import Client, TimeoutError
+
+    local = dict(n_workers=jobs, threads_per_worker=1, dashboard_address=None)
+    try:
+        client = Client(address, timeout=10) if address else Client(**local)
+        client.submit(int).result(timeout=60)  # a cluster may start its workers on demand
+    except (OSError, TimeoutError, ValueError) as e:
+        raise ValueError(f"no cluster with a worker answers at address {address!r}: {e}") from e
+    with client:
+        yield {"client": client}
+
+
+@contextmanager
+def _ray(jobs, address):
+    import joblib
+    import ray
+    from ray.util.joblib.ray_backend import RayBackend
+
+    # its pool can hand results over one by one; it inherits from one that cannot
+    joblib.register_parallel_backend(
+        "ray", type("Ray", (RayBackend,), {"supports_return_generator": True})
+    )
+    quiet = dict(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        ray.init(address, **(dict(log_to_driver=False) if address else dict(num_cpus=jobs) | quiet))
+    except (ConnectionError, ValueError) as e:
+        raise ValueError(f"no cluster of ray answers at address {address!r}: {e}") from e
+    try:
+        yield {}
+    finally:
+        ray.shutdown()
+
+# %% ../../nbs/core/009_lab.ipynb #8f88d52a
+def _task(path, scale, key):  # on a worker: the row of a notebook, with its executed copy
+    here = _key(path, scale) if path.is_file() else ""
+    if key not in (None, here):
+        what = "other code or versions" if here else f"no {path}"
+        said = f"worker {socket.gethostname()} has {what}; it needs this checkout at this path"
+        row = dict(slug=path.stem, path=str(path), seconds=0.0, notebook=None, key=key)
+        return row | _error("not run", said, [""], -1)
+    with tempfile.TemporaryDirectory() as tmp:
+        copy = Path(tmp) / path.name
+        row = run_one(path, scale, save=copy)
+        text = copy.read_text(encoding="utf-8") if copy.is_file() else None
+    return row | dict(notebook=text, key=here)
+
+
+def _keep(row, scale, out):  # on this machine: the executed copy, the row and its record
+    path, text, key = Path(row["path"]), row.pop("notebook"), row.pop("key")
+    if text:
+        write_atomic(out / path.name, text)
+    if row["ok"]:  # a failure is tried again next time
+        write_atomic(out / f"{path.stem}-{key}.json", json.dumps(row))
+        if scale == "full" and root() in path.parents:
+            from diffkit.core.records import keep_full
+
+            keep_full(path, row)
+    return row
+
+
 def run(
     slugs: list | None = None,  # slugs, numbers or paths; None: all but the benchmarks
     scale: str = "quick",  # size of the experiments
     jobs: int = 2,  # notebooks at once
-    backend: str = "loky",  # joblib's backend; "dask" or "ray" on a cluster
+    backend: str = "loky",  # "dask" or "ray": on a cluster, see `workers`
     # folder for executed copies and results, from which a broken run goes on
     out: str | Path | None = None,
     progress: bool = True,  # show a bar and a line a notebook
+    address: str | None = None,  # of an existing cluster
 ) -> list[dict]:  # one row a notebook
     """Execute notebooks side by side; a failure is reported with its cell and does not stop the
     others."""
@@ -570,47 +687,38 @@ def run(
     from tqdm.auto import tqdm
 
     # benchmarks compare times: they are asked for by name, on a quiet machine
-    paths = [
-        (
-            p
-            if isinstance(p, Path)
-            else Path(p)
-            if str(p).endswith(".ipynb") and Path(p).is_file()
-            else find(str(p))
-        )
-        for p in slugs or [p for p in notebooks().values() if p.parent.name != "benchmarks"]
-    ]
+    named = slugs or [p for p in notebooks().values() if p.parent.name != "benchmarks"]
+    file = lambda p: str(p).endswith(".ipynb") and Path(p).is_file()
+    paths = [(Path(p) if file(p) else find(str(p))).resolve() for p in named]
     out = Path(out) if out else root() / "_build" / "runs" / scale
     out.mkdir(parents=True, exist_ok=True)
 
-    def one(path):
-        done = out / f"{path.stem}-{_key(path, scale)}.json"
-        if done.is_file():
-            return {**json.loads(done.read_text()), "cached": True}
-        row = run_one(path, scale, save=out / f"{path.stem}.ipynb")
-        if row["ok"]:
-            write_atomic(done, json.dumps(row))  # a failure is tried again next time
-            if scale == "full" and root() in path.resolve().parents:
-                from diffkit.core.records import keep_full
+    def results():
+        keys = {p: _key(p, scale) for p in paths}
+        kept = {p: f for p, k in keys.items() if (f := out / f"{p.stem}-{k}.json").is_file()}
+        for f in kept.values():
+            yield json.loads(f.read_text()) | {"cached": True}
+        check = lambda p: keys[p] if backend in CLUSTERS else None
+        todo = [delayed(_task)(p, scale, check(p)) for p in keys if p not in kept]
+        many = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1)
+        for row in many(todo):
+            yield _keep(row, scale, out)
 
-                keep_full(path, row)
-        return row
-
-    rows, bar = [], tqdm(total=len(paths), disable=not progress, desc=f"notebooks ({scale})")
-    for row in Parallel(n_jobs=jobs, backend=backend, return_as="generator_unordered")(
-        delayed(one)(p) for p in paths
-    ):
-        rows.append(row)
-        bar.update()
-        if progress:
-            bar.write(
-                f"{'ok  ' if row['ok'] else 'FAIL'} {row['slug']:32s} {row['seconds']:7.1f} s"
-                + (" (done before)" if row.get("cached") else "")
-            )
-            if not row["ok"]:
+    rows = []
+    with workers(backend, jobs, address):
+        bar = tqdm(total=len(paths), disable=not progress, desc=f"notebooks ({scale})")
+        for row in results():
+            rows.append(row)
+            bar.update()
+            if progress:
                 bar.write(
-                    f"     cell {row['cell']}: {row['error']}\n"
-                    + "\n".join("     | " + line for line in row["source"].splitlines()[:12])
+                    f"{'ok  ' if row['ok'] else 'FAIL'} {row['slug']:32s} {row['seconds']:7.1f} s"
+                    + (" (done before)" if row.get("cached") else "")
                 )
-    bar.close()
+                if not row["ok"]:
+                    bar.write(
+                        f"     cell {row['cell']}: {row['error']}\n"
+                        + "\n".join("     | " + line for line in row["source"].splitlines()[:12])
+                    )
+        bar.close()
     return sorted(rows, key=lambda r: r["slug"])

@@ -226,7 +226,9 @@ def card(
     _recipe(name)
     path = Path(folder or FOLDER) / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `diffkit train {name}` makes it")
+        raise FileNotFoundError(
+            f"{path}: no such file; `diffkit train {name} --out {path.parent}` makes it"
+        )
     try:
         return json.loads(path.read_text())
     except ValueError as e:
@@ -246,7 +248,9 @@ def load(
             f"{name} is a classifier of clean images: it has no process, got {process!r}"
         )
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `diffkit train {name}` makes it")
+        raise FileNotFoundError(
+            f"{path}: no such file; `diffkit train {name} --out {path.parent}` makes it"
+        )
     tensors, _ = load_tensors(path)
     model = recipe.build()
     net, want = (
@@ -419,14 +423,14 @@ def _loss(recipe):
 
 def train(
     name: str,  # one of available()
-    folder: str | Path | None = None,  # where to write; None: in the package
+    folder: str | Path = "zoo",  # where to write; what is shipped is overwritten where named only
     steps: int | None = None,  # None: as the recipe says
     checkpoint: str | Path | None = None,  # file from which a run that was cut short goes on
     progress: bool = True,
     full: int = 360,  # samples in the card's larger measurement; 0: leave it out
 ) -> dict:  # the card
     "Train a model of the zoo, measure it, and write weights and card."
-    recipe, folder = _recipe(name), Path(folder or FOLDER)
+    recipe, folder = _recipe(name), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)

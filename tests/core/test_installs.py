@@ -48,3 +48,16 @@ def test_the_adapters_that_need_no_diffusers_work():
 def test_what_needs_diffusers_names_it():
     got = run("dk.DiffusersScheduler(dk.DDIM())")
     assert "ImportError" in got.stderr and "pip install diffusers" in got.stderr
+
+
+def test_training_again_leaves_what_is_shipped_alone(tmp_path):
+    from diffkit.core import zoo
+
+    files = sorted(zoo.FOLDER.iterdir())
+    before = {p: p.read_bytes() for p in files}
+    call = [sys.executable, "-m", "diffkit", "train", "digits-classifier", "--steps", "2"]
+    done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-800:]
+    assert "wrote zoo/digits-classifier.safetensors" in done.stdout
+    assert {p: p.read_bytes() for p in sorted(zoo.FOLDER.iterdir())} == before
+    assert sorted(p.suffix for p in (tmp_path / "zoo").iterdir()) == [".json", ".safetensors"]
