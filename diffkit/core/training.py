@@ -10,11 +10,15 @@ __all__ = ['SCHEDULES', 'save_tensors', 'load_tensors', 'pack', 'unpack', 'rando
 # %% ../../nbs/core/005_training.ipynb #bcf63bae
 import contextlib
 import copy
+import difflib
 import hashlib
+import inspect
 import json
 import math
+import numbers
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -25,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from .process import Process
 
 # %% ../../nbs/core/005_training.ipynb #4e051c9b
 def _digest(tensors, text):
@@ -174,33 +179,86 @@ def set_random_state(
         torch.mps.set_rng_state(s["mps"])
 
 # %% ../../nbs/core/005_training.ipynb #8a7391d0
-def _size(
-    batch,  # samples in a batch: the length of its first tensor
-):
-    if isinstance(batch, dict):
-        batch = tuple(batch.values())
-    while isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    return len(batch) if isinstance(batch, torch.Tensor) and batch.ndim else 1
+def _named(nest):  # the entries of data, or of a batch, by the names that their owner knows
+    if isinstance(nest, dict):
+        return {f"data[{k!r}]": v for k, v in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        return {f"data[{i}]": v for i, v in enumerate(nest)}
+    return {"data": nest}
 
 
+def _like(nest):  # its entries -> a nest of this form
+    if isinstance(nest, dict):
+        return lambda entries: dict(zip(nest, entries))
+    return tuple if isinstance(nest, tuple) else lambda entries: entries[0]
+
+
+def _leaves(nest):
+    nest = tuple(nest.values()) if isinstance(nest, dict) else nest
+    return [u for v in nest for u in _leaves(v)] if isinstance(nest, (tuple, list)) else [nest]
+
+
+def _spoilt(nest):  # its first tensor that holds nan or inf; aminmax passes nan on
+    for k, v in _named(nest).items():
+        dense = isinstance(v, torch.Tensor) and v.layout == torch.strided and v.numel()
+        if dense and v.is_floating_point():
+            if not all(torch.isfinite(u) for u in v.aminmax()):
+                return k
+    return None
+
+
+def _tensor(v, dtype, name):
+    """An array or a list as a tensor, its floating-point numbers in the type of the model: NumPy's
+    own is another."""
+    if isinstance(v, torch.Tensor):
+        return v
+    if not isinstance(v, list) and not hasattr(v, "__array__"):
+        raise TypeError(f"{name} is a {type(v).__name__}: a tensor or an array is needed")
+    with contextlib.suppress(ValueError):  # a list of rows of different shapes
+        a = np.asarray(v)
+        if a.dtype.kind in "biuf":
+            t = torch.from_numpy(a.astype(a.dtype.newbyteorder("="), order="C"))
+            return t.to(dtype) if t.is_floating_point() else t
+    raise TypeError(
+        f"{name} is a {type(v).__name__} that does not hold numbers in rows of one shape: is it"
+        " text, or must its rows be cropped or padded?"
+    )
+
+
+def _held(data, dtype):
+    "Data that lies in memory, in tensors of one length; anything else is left for `_Stream`."
+    from torch.utils.data import TensorDataset
+
+    data = data.tensors if isinstance(data, TensorDataset) else data
+    if not isinstance(data, (tuple, dict)) and not hasattr(data, "__array__"):
+        return data
+    new = {k: _tensor(v, dtype, k) for k, v in _named(data).items()}
+    for k, v in new.items():
+        if not v.ndim or not len(v):
+            raise ValueError(f"{k} has shape {tuple(v.shape)}: it must have a row for each sample")
+    if len({len(v) for v in new.values()}) != 1:
+        raise ValueError(
+            f"data has lengths {[len(v) for v in new.values()]}: every entry must have a row for"
+            " each sample"
+        )
+    out = _like(data)(list(new.values()))
+    if k := _spoilt(out):
+        rows = (~torch.isfinite(new[k])).reshape(len(new[k]), -1).any(1).nonzero().flatten()
+        raise ValueError(
+            f"{k} holds nan or inf in {len(rows)} of {len(new[k])} rows, the first is row"
+            f" {int(rows[0])}: leave these out, or fill them and give a mask as one more tensor"
+        )
+    return out
+
+# %% ../../nbs/core/005_training.ipynb #5c69f0e6
 class _Tensors:
     "Batches of tensors held in memory; the order is a function of (seed, position)."
 
     def __init__(self, data, batch_size, seed, acc):
-        self.single, data = (
-            isinstance(data, torch.Tensor),
-            ((data,) if isinstance(data, torch.Tensor) else tuple(data)),
-        )
-        if not data or not all(isinstance(d, torch.Tensor) for d in data):
-            raise TypeError(
-                f"data is a tuple of {[type(d).__name__ for d in data]}; every entry must be a"
-                " tensor"
-            )
-        if len({len(d) for d in data}) > 1 or not len(data[0]):
-            raise ValueError(
-                f"data has lengths {[len(d) for d in data]}; they must be equal and not 0"
-            )
+        named = _named(data)
+        self.told = ", ".join(f"{k} {tuple(v.shape)}" for k, v in named.items())
+        self.make = _like(data)  # a batch looks like the data
+        data = tuple(named.values())
         # what is small moves to the accelerator once
         small = sum(d.numel() * d.element_size() for d in data) < 2**30
         self.data, self.batch_size, self.seed, self.acc = (
@@ -240,8 +298,7 @@ class _Tensors:
             take -= len(part)
             self.pos += len(part)
         idx = torch.cat(out)[self.acc.process_index :: world].to(self.data[0].device)
-        batch = tuple(d[idx].to(self.acc.device) for d in self.data)
-        return (batch[0] if self.single else batch), b
+        return self.make([d[idx].to(self.acc.device) for d in self.data]), b
 
     def state(self):
         return {"pos": self.pos}
@@ -250,13 +307,41 @@ class _Tensors:
         self.pos = s["pos"]
 
 # %% ../../nbs/core/005_training.ipynb #947398e3
+def _is_dataset(data):  # rows by number; a torch IterableDataset is a stream like any other
+    from torch.utils.data import Dataset, IterableDataset
+
+    rows = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    own = isinstance(data, Dataset) or not hasattr(data, "__iter__")
+    return rows and own and not isinstance(data, IterableDataset)
+
+
+def _loader(data, batch_size, world):
+    from torch.utils.data import DataLoader
+
+    if not len(data):
+        raise ValueError(f"data is a {type(data).__name__} without a sample")
+    if callable(batch_size) or batch_size % world:
+        raise ValueError(
+            f"batch_size={batch_size}: for a Dataset it must be an integer that is divisible by the"
+            f" {world} processes"
+        )
+    return DataLoader(data, batch_size // world, shuffle=True)
+
+
 class _Stream:
     """Batches from anything iterable; resumed by replay, or by the `state_dict` of the data
     where there is one."""
 
-    def __init__(self, data, acc):
+    def __init__(self, data, batch_size, dtype, acc):
         from torch.utils.data import DataLoader
 
+        if not isinstance(data, Iterable) or _is_dataset(data):
+            data = _loader(data, batch_size, acc.num_processes)
+        self.told, self.dtype, rows = type(data).__name__, dtype, getattr(data, "dataset", data)
+        if hasattr(rows, "__len__"):
+            self.told += f" of {len(rows)} {'batches' if rows is data else 'samples'}"
+        if getattr(data, "batch_size", None):
+            self.told += f", {data.batch_size} a batch"
         self.data, self.acc, self.it, self.count, self.start = data, acc, None, 0, None
         if isinstance(data, DataLoader) and acc.num_processes > 1:
             self.data = acc.prepare_data_loader(data)
@@ -287,23 +372,51 @@ class _Stream:
             iter(self.data),
         )
 
+    def _next(self):
+        try:
+            return next(self.it, self)  # self: nothing left
+        except RuntimeError as e:
+            if "equal size" not in str(e):
+                raise
+            raise ValueError(
+                f"the samples of data have different shapes ({e}): crop, resize or pad them, or"
+                " give a DataLoader with a collate_fn"
+            ) from e
+
     def __call__(self, step):
-        from accelerate.utils import send_to_device
+        from accelerate.utils import recursively_apply, send_to_device
 
         if self.it is None:
             self._open()
-        batch = next(self.it, self)  # self: nothing left
+        batch = self._next()
         if batch is self:
-            if isinstance(self.data, Iterator) or not self.count:
+            if not self.count:
+                raise ValueError(
+                    "data gave no batch: is it empty or used up, or has it fewer samples than one"
+                    " batch and drop_last=True?"
+                )
+            if isinstance(self.data, Iterator):
                 raise ValueError(
                     f"data ended at step {step} after {self.count} batches; give a longer stream,"
                     " or something that can be iterated again"
                 )
             self._open()
-            batch = next(self.it)
+            batch = self._next()
         self.count += 1
-        batch = send_to_device(tuple(batch) if isinstance(batch, list) else batch, self.acc.device)
-        return batch, _size(batch) * self.acc.num_processes
+        batch = tuple(batch) if isinstance(batch, list) else batch
+        array = lambda v: isinstance(v, np.ndarray)
+        batch = recursively_apply(
+            lambda v: _tensor(v, self.dtype, "a batch"), batch, test_type=array
+        )
+        leaves = _leaves(batch)
+        if all(isinstance(v, (str, bytes, int, float, type(None))) for v in leaves):
+            raise TypeError(
+                f"data was iterated over, and gave {str(batch)[:60]}, in which there is no tensor:"
+                " give a tensor or an array with one row a sample, a Dataset, a DataLoader, or an"
+                " iterable of batches"
+            )
+        size = next((len(v) for v in leaves if isinstance(v, torch.Tensor) and v.ndim), 1)
+        return send_to_device(batch, self.acc.device), size * self.acc.num_processes
 
     def state(self):
         return {
@@ -325,7 +438,7 @@ class _Stream:
             g.set_state(v)
         self._open()
         for k in range(s["count"]):
-            if next(self.it, self) is self:
+            if self._next() is self:
                 raise ValueError(
                     f"data ended after {k} batches, but the checkpoint had taken {s['count']}:"
                     " these are not the data of that run"
@@ -429,41 +542,223 @@ def _average(ema, model, decay):
     for a, b in zip(ema.buffers(), model.buffers()):
         a.copy_(b)
 
+# %% ../../nbs/core/005_training.ipynb #1593aebc
+def _real(v):
+    return isinstance(v, numbers.Real) and not isinstance(v, bool) and math.isfinite(v)
 
-def _check(loss, data, steps, lr, ema, step, samples, batch_size, schedule, every, warmup):
+
+def _whole(v):
+    return isinstance(v, numbers.Integral) and not isinstance(v, bool)
+
+
+def _near(name, known):
+    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _kind(v):
+    return f"the class {v.__name__}" if isinstance(v, type) else f"a {type(v).__name__}"
+
+
+# what other libraries call it
+_ELSEWHERE = {
+    "epochs": "samples=epochs * len(data)",
+    "learning_rate": "lr",
+    "device": "accelerator, e.g. accelerate.Accelerator(cpu=True)",
+}
+
+
+def _check_call(model, loss, data, step, optimizer, unknown):
+    known = list(inspect.signature(fit).parameters)[:-1]
+    for k in unknown:
+        other = f": it is called {_ELSEWHERE[k]}" if k in _ELSEWHERE else _near(k, known)
+        raise TypeError(f"fit has no argument {k}{other or '; it has ' + ', '.join(known)}")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is {_kind(model)}: it must be a torch module, e.g. NetDenoiser(net, VP())"
+        )
+    usual = "e.g. lambda model, batch: model.loss(batch)"
     if (loss is None) == (step is None):
         raise ValueError(
-            "give loss=(model, batch) -> scalar, or step=(model, batch) -> loss for a step of your"
-            " own: one of them"
+            f"give loss=(model, batch) -> scalar, {usual}, or step=(model, batch) -> loss for a"
+            " step of your own: one of them"
         )
     if data is None:
         raise ValueError(
-            "data is missing: a tensor, a tuple of tensors, an iterable of batches or a DataLoader"
+            "data is missing: a tensor, an array, a tuple or dict of these, a Dataset, a DataLoader"
+            " or an iterable of batches"
         )
-    if not isinstance(data, (torch.Tensor, Iterable)):
+    name, f = ("step", step) if loss is None else ("loss", loss)
+    method = getattr(f, "__self__", None) is model
+    if not callable(f) or method or str(getattr(f, "__module__", "")).startswith("torch.nn"):
         raise TypeError(
-            f"data is a {type(data).__name__}; allowed are a tensor, a tuple of tensors, an"
-            " iterable of batches, a DataLoader"
+            f"{name} is {'a method of the model' if method else getattr(f, '__name__', _kind(f))}:"
+            f" it must be a function of (model, batch), {usual}; the order is fit(model, loss,"
+            " data, steps)"
         )
-    if (steps is None) == (samples is None):
-        raise ValueError(f"steps={steps}, samples={samples}: give the budget in one of them")
-    for k, v in dict(steps=steps, samples=samples, every=every).items():
-        if v is not None and (not isinstance(v, int) or v < (k == "every")):
-            raise ValueError(f"{k}={v}: must be a positive integer")
-    if not callable(batch_size) and (not isinstance(batch_size, int) or batch_size < 1):
+    with contextlib.suppress(ValueError):  # a callable without a signature
+        try:
+            inspect.signature(f).bind(model, data)
+        except TypeError as e:
+            raise TypeError(f"{name} must take (model, batch), {usual}: {e}") from e
+    if isinstance(data, (str, bytes, os.PathLike)):
+        raise TypeError(f"data is {data!r}, the name of a file or folder: load it first")
+    if not isinstance(data, (torch.Tensor, Iterable)) and not _is_dataset(data):
+        raise TypeError(
+            f"data is {_kind(data)}: it must be a tensor, an array, a tuple or dict of these, a"
+            " Dataset, a DataLoader or an iterable of batches; the order is fit(model, loss, data,"
+            " steps)"
+        )
+    if loss and not any(p.requires_grad for p in model.parameters()):
         raise ValueError(
-            f"batch_size={batch_size}: must be a positive integer or a function of the step"
+            f"model is {_kind(model)} without a parameter that requires grad: is its network"
+            " frozen, or a function, or a class that was not called?"
         )
-    if not (isinstance(lr, (int, float)) and 0 < lr < math.inf):
-        raise ValueError(f"lr={lr}: must be a positive number")
-    if ema is not None and not 0 <= ema < 1:
-        raise ValueError(f"ema={ema}: must be in [0, 1); 0 or None is off")
-    if not isinstance(warmup, int) or warmup < 0:
-        raise ValueError(f"warmup={warmup}: must be a number of steps")
+    for o in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        if o is not None and not callable(o) and not isinstance(o, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer={o!r}: must be a class, e.g. torch.optim.AdamW, a function of the"
+                " parameters, an optimizer, or a list of these"
+            )
+        own = {id(p) for p in model.parameters()}
+        if loss and isinstance(o, torch.optim.Optimizer):
+            if not any(id(p) in own for g in o.param_groups for p in g["params"]):
+                raise ValueError(
+                    "optimizer holds none of the parameters of model: make it from"
+                    " model.parameters(), or give its class"
+                )
+
+# %% ../../nbs/core/005_training.ipynb #77c759e9
+def _check_settings(
+    steps, samples, lr, ema, seed, checkpoint, callback, batch_size, schedule, warmup, clip, every
+):
+    if (steps is None) == (samples is None):
+        raise ValueError(
+            f"steps={steps}, samples={samples}: give the budget in one of them, e.g. steps=1000"
+        )
+    for k, v in dict(steps=steps, samples=samples, every=every).items():
+        if v is not None and (not _whole(v) or v < 1):
+            raise ValueError(f"{k}={v!r}: must be a positive integer")
+    if not callable(batch_size) and (not _whole(batch_size) or batch_size < 1):
+        raise ValueError(
+            f"batch_size={batch_size!r}: must be a positive integer or a function of the step"
+        )
+    if not (_real(lr) and lr > 0):
+        raise ValueError(f"lr={lr!r}: must be a positive number")
+    if ema is not None and not (_real(ema) and 0 <= ema < 1):
+        raise ValueError(f"ema={ema!r}: must be in [0, 1); 0 or None is off")
+    if seed is not None and not _whole(seed):
+        raise ValueError(f"seed={seed!r}: must be an integer, or None")
+    if not _whole(warmup) or warmup < 0:
+        raise ValueError(f"warmup={warmup!r}: must be a number of steps")
+    if clip is not None and not (_real(clip) and clip > 0):
+        raise ValueError(f"clip={clip!r}: must be a positive number, or None")
     if not callable(schedule) and schedule not in SCHEDULES:
         raise ValueError(
             f"schedule={schedule!r}: allowed are {', '.join(SCHEDULES)} or a function of the"
-            " progress in [0, 1]"
+            f" progress in [0, 1]{_near(schedule, SCHEDULES)}"
+        )
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback={callback!r}: must be a function of the run")
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, (str, os.PathLike)):
+        raise TypeError(f"checkpoint={checkpoint!r}: must be the name of a file")
+    if Path(checkpoint).is_dir():
+        raise ValueError(
+            f"checkpoint={checkpoint} is a folder: name a file in it, e.g."
+            f" {Path(checkpoint) / 'run.safetensors'}"
+        )
+    if not (folder := Path(checkpoint).parent).is_dir():
+        raise FileNotFoundError(f"checkpoint={checkpoint}: there is no folder {folder}")
+
+# %% ../../nbs/core/005_training.ipynb #e40716ca
+_SCALED = "floating-point numbers of about [-1, 1]; for 8-bit pixels: data / 127.5 - 1"
+
+
+def _hint(said, model, batch):  # the likely reason of an error that torch or Python said so
+    named, kind = _named(batch), type(batch).__name__
+    if isinstance(batch, (tuple, dict)) and re.search(rf"'{kind}'|not {kind}\b", said):
+        return (
+            f"a batch is a {kind} of {', '.join(named)}, which the loss took for a tensor: take it"
+            " apart there, e.g. lambda model, batch: model.loss(batch[0], label=batch[1])"
+        )
+    if not re.search("dtype|scalar type|implemented for|should be the same", said):
+        return None
+    tensors = {k: v for k, v in named.items() if isinstance(v, torch.Tensor)}
+    want = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    for i, (k, v) in enumerate(tensors.items()):
+        if not i and not v.is_floating_point():
+            return f"{k} is {v.dtype}; the loss needs {_SCALED}"
+        if v.is_floating_point() and v.dtype != want:
+            return f"{k} is {v.dtype}, the model is {want}: give {k}.to({want})"
+    return None
+
+
+def _first(ask, model, batch):  # ask(batch), with the reason said where it fails
+    x = next((v for v in _leaves(batch) if isinstance(v, torch.Tensor)), None)
+    noisy = any(isinstance(getattr(m, "process", None), Process) for m in model.modules())
+    if noisy and x is not None and x.numel() and x.is_floating_point():
+        if x.min() >= 0 and x.max() > 1 and (x == x.round()).all():
+            warnings.warn(
+                f"data holds whole numbers from {x.min():g} to {x.max():g}, as pixels do, beside"
+                f" which unit noise is small; a diffusion model needs {_SCALED}",
+                stacklevel=4,
+            )
+    try:
+        return ask(batch)
+    except (AttributeError, RuntimeError, TypeError) as e:
+        if hint := _hint(str(e), model, batch):
+            raise TypeError(f"{hint} ({type(e).__name__}: {e})") from e
+        raise
+
+
+def _made_of(model, opts, feed):
+    "What a run that goes on must share with the run that it goes on from, in words."
+    out = {"data": feed.told, "optimizers": [type(o).__name__ for o in opts]}
+    for name, m in model.named_modules():
+        if isinstance(getattr(m, "process", None), Process):
+            for k in ("process", "predicts", "sigma_data"):
+                if hasattr(m, k):  # a function's address is another one in every process
+                    said = re.sub(" at 0x[0-9a-f]+", "", str(getattr(m, k)))
+                    out[f"{name}.{k}" if name else k] = said
+    return out
+
+
+def _misfits(found, model):  # of weights in a file
+    want = model.state_dict()
+    shape = lambda d, k: f"{tuple(d[k].shape)} {d[k].dtype}" if k in d else "missing"
+    tensors = [k for k, v in {**found, **want}.items() if isinstance(v, torch.Tensor)]
+    rows = [(k, shape(found, k), shape(want, k)) for k in tensors]
+    return [f"{k} is {a} there and {b} here" for k, a, b in rows if a != b]
+
+
+def _compare(checkpoint, was, here, misfits):  # refuse what is another run
+    recorded = "data" in was
+    if not recorded:
+        warnings.warn(
+            f"{checkpoint} is older than the record of data, optimizers, process and prediction"
+            " type: that these are as they were can't be checked; the next one has it",
+            stacklevel=5,
+        )
+    for k in {**was, **here} if recorded else was:
+        before, now = was.get(k), here.get(k)
+        if before == now:
+            continue
+        if k != "processes":
+            raise ValueError(
+                f"{checkpoint} was written with {k}={before}, this run has {k}={now}; use another"
+                " file"
+            )
+        warnings.warn(
+            f"{checkpoint} was written by {before} processes, now there are {now}: the run goes"
+            " on, but not bit for bit",
+            stacklevel=5,
+        )
+    if misfits:
+        more = f"; and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ValueError(
+            f"{checkpoint} does not fit this run: {'; '.join(misfits[:3])}{more}; use another file"
         )
 
 # %% ../../nbs/core/005_training.ipynb #53141aec
@@ -471,33 +766,56 @@ def fit(
     # what is trained; moved to the accelerator; several players: an nn.ModuleDict
     model: nn.Module,
     loss: Callable | None = None,  # loss(model, batch) -> scalar tensor
-    data=None,  # a tensor or tuple of tensors (samples first), an iterable of batches, a DataLoader
+    # a tensor or an array (samples first), a tuple or dict of these, a Dataset, a DataLoader, an
+    # iterable of batches
+    data=None,
     steps: int | None = None,  # budget in optimiser steps, or ...
-    lr: float = 1e-3,  # learning rate, of the default optimiser
+    lr: float = 1e-3,  # learning rate, of the default optimiser or of the class in `optimizer`
     *,
     ema: float | None = 0.999,  # averaging rate of the weights; 0 or None is off
     # of everything random, the order of the data included; None leaves the generators as they are
     seed: int | None = 0,
     accelerator=None,  # an accelerate.Accelerator of your own
-    checkpoint: str | Path | None = None,  # file; if it exists the run is resumed from it
+    # file; if it exists the run is resumed from it, or refused if it is another run: `steps`,
+    # `lr`, `schedule`, `warmup`, `clip` and `every` may differ
+    checkpoint: str | Path | None = None,
     callback: Callable | None = None,  # callback(run) after every step
     progress: bool = True,  # show a bar
     # step(model, batch) -> loss or dict of losses: does backward and optimiser steps itself; pass
     # its optimizers in `optimizer`
     step: Callable | None = None,
     samples: int | None = None,  # ... budget in samples
-    # of tensor data, over all processes together; or a function of the step
+    # of what is not iterated over, for all processes together; at most all samples; or a function
+    # of the step
     batch_size: int | Callable = 128,
-    optimizer=None,  # parameters -> optimizer, or an optimizer, or a list of them; None: Adam
+    # its class, or parameters -> optimizer, or an optimizer, or a list of them; None: Adam
+    optimizer=None,
     # factor of the learning rate: "constant", "cosine" (to 0), or a function of the progress in [0,
     # 1]
     schedule: str | Callable = "constant",
     warmup: int = 0,  # steps over which the learning rate rises linearly
     clip: float | None = None,  # largest norm of the gradient
     every: int = 500,  # steps between checkpoints; one is always written at the end
+    **unknown,  # refused, with the nearest name
 ) -> Run:
     "Train a model; seeded, averaged, resumable bit for bit."
-    _check(loss, data, steps, lr, ema, step, samples, batch_size, schedule, every, warmup)
+    _check_call(model, loss, data, step, optimizer, unknown)
+    _check_settings(
+        steps,
+        samples,
+        lr,
+        ema,
+        seed,
+        checkpoint,
+        callback,
+        batch_size,
+        schedule,
+        warmup,
+        clip,
+        every,
+    )
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    data = _held(data, dtype)
     before, was_training = random_state(), model.training
     try:
         with _Interrupt() as interrupt:
@@ -505,10 +823,11 @@ def fit(
                 model,
                 loss,
                 data,
+                dtype,
                 steps,
                 lr,
                 ema,
-                seed,
+                None if seed is None else int(seed),
                 accelerator or _accelerator(),
                 None if checkpoint is None else Path(checkpoint),
                 callback,
@@ -531,15 +850,12 @@ def fit(
 def _optimizers(optimizer, model, lr):
     if optimizer is None:
         return [torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)]
-    opts = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-    opts = [
-        (
-            o
-            if isinstance(o, torch.optim.Optimizer)
-            else o(p for p in model.parameters() if p.requires_grad)
-        )
-        for o in opts
-    ]
+    opts, trained = [], [p for p in model.parameters() if p.requires_grad]
+    for o in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        if not isinstance(o, torch.optim.Optimizer):
+            kind = isinstance(o, type) and issubclass(o, torch.optim.Optimizer)
+            o = o(trained, lr=lr) if kind else o(trained)
+        opts.append(o)
     for o in opts:
         if not isinstance(o, torch.optim.Optimizer):
             raise TypeError(f"optimizer gave a {type(o).__name__}, not a torch optimizer")
@@ -550,6 +866,7 @@ def _fit(
     model,
     loss,
     data,
+    dtype,
     steps,
     lr,
     ema,
@@ -580,30 +897,32 @@ def _fit(
         random.seed(seed + rank)
         np.random.seed((seed + rank) % 2**32)
         torch.manual_seed(seed + rank)
+    feed = (
+        _Tensors(data, batch_size, seed, acc)
+        if isinstance(data, (torch.Tensor, tuple, dict))
+        else _Stream(data, batch_size, dtype, acc)
+    )
     model.to(acc.device).train()
     opts = _optimizers(optimizer, model, lr) if step is None or optimizer is not None else []
     rates = [[g["lr"] for g in o.param_groups] for o in opts]
     ready = acc.prepare_model(_Objective(model, loss)) if loss else None
     players = [acc.prepare_optimizer(o) for o in opts] if loss else opts
     average = copy.deepcopy(model).eval().requires_grad_(False) if ema else None
-    feed = (
-        _Tensors(data, batch_size, seed, acc)
-        if isinstance(data, (torch.Tensor, tuple))
-        else _Stream(data, acc)
-    )
     run = Run(model, average if ema else model)
     setting = {
+        **_made_of(model, opts, feed),
         "seed": seed,
         "ema": ema or 0,
         "batch_size": None if callable(batch_size) or isinstance(feed, _Stream) else batch_size,
         "processes": acc.num_processes,
     }
+    ask = ready or (lambda batch: step(model, batch))
     clock, pending, bar = time.perf_counter(), [], None
 
     def done():
         return (run.samples if steps is None else run.step) >= budget
 
-    def look():  # bring the recorded values here, and stop at the first that is not finite
+    def look(batch=None):  # bring the recorded values here; stop at the first that is not finite
         nonlocal pending
         if not pending:
             return
@@ -620,9 +939,10 @@ def _fit(
                     if checkpoint and checkpoint.exists()
                     else "no checkpoint had been written"
                 )
+                why = f" ({k} of this batch holds nan or inf)" if (k := _spoilt(batch)) else ""
                 raise FloatingPointError(
                     f"{', '.join(f'{k} = {v}' for k, v in zip(run.names, row))} at step"
-                    f" {first + i + 1}; {kept}"
+                    f" {first + i + 1}{why}; {kept}"
                 )
             run.values.append(row)
 
@@ -661,18 +981,7 @@ def _fit(
         if "optimizers" not in skeleton:
             raise ValueError(f"{checkpoint} is not a checkpoint of fit")
         s = {k: unpack(v, tensors) for k, v in skeleton.items()}
-        for k, v in s["setting"].items():
-            if setting[k] != v:
-                if k != "processes":
-                    raise ValueError(
-                        f"{checkpoint} was written with {k}={v}, this run has {k}={setting[k]}; use"
-                        " another file"
-                    )
-                warnings.warn(
-                    f"{checkpoint} was written by {v} processes, now there are {setting[k]}: the"
-                    " run goes on, but not bit for bit",
-                    stacklevel=2,
-                )
+        _compare(checkpoint, s["setting"], setting, _misfits(s["model"], model))
         try:
             model.load_state_dict(s["model"])
             if ema:
@@ -711,10 +1020,6 @@ def _fit(
             old.unlink(missing_ok=True)
         if checkpoint.exists():
             resume()
-        elif not checkpoint.parent.is_dir():
-            raise FileNotFoundError(
-                f"checkpoint={checkpoint}: there is no folder {checkpoint.parent}"
-            )
     saved, rng, place, phase = run.step if run.resumed else -1, None, None, "between"
     model.zero_grad(set_to_none=True)
     try:
@@ -736,15 +1041,19 @@ def _fit(
             for o, r in zip(opts, rates):
                 for g, v in zip(o.param_groups, r):
                     g["lr"] = v * factor
+            begun = run.step > run.resumed
             phase = "forward" if loss else "own"
             batch, n = feed(run.step)
             if loss:
                 with acc.accumulate(ready):
-                    value = ready(batch)
+                    value = ask(batch) if begun else _first(ask, model, batch)
                     if not isinstance(value, torch.Tensor) or value.numel() != 1:
                         tensor = isinstance(value, torch.Tensor)
                         got = f"shape {tuple(value.shape)}" if tensor else type(value).__name__
-                        raise TypeError(f"loss must return a scalar tensor, got {got}")
+                        raise TypeError(
+                            f"loss must return a scalar tensor, got {got}"
+                            f"{': take its mean()?' if tensor else ''}"
+                        )
                     if not value.requires_grad:
                         raise ValueError("the loss does not depend on any parameter of the model")
                     run.names, bad = ["loss"], cpu and not math.isfinite(value.item())
@@ -758,7 +1067,7 @@ def _fit(
                             o.zero_grad()
                 values, update = [value], acc.sync_gradients
             else:
-                value = step(model, batch)
+                value = ask(batch) if begun else _first(ask, model, batch)
                 value = value if isinstance(value, dict) else {"loss": value}
                 run.names, values, update = list(value), list(value.values()), True
                 values = [v.detach() if isinstance(v, torch.Tensor) else v for v in values]
@@ -778,7 +1087,7 @@ def _fit(
             run.step += 1
             run.samples += n
             if bad:
-                look()
+                look(batch)
             if ema and update:
                 _average(average, model, min(ema, (1 + run.step) / (10 + run.step)))
             phase = "between"
