@@ -138,7 +138,7 @@ def colide(
             )
     names = _fit_args(C.shape[-1], threshold, names)
     if X is not None or C.ndim == 2:  # a batch of covariances is trusted
-        _warn_data(C, n, names, 3)
+        _warn_data(C, n, names)
     lam = 0.05 if lam is None else lam
     unit = noise_scale(C)[..., None] if normalize else torch.ones_like(C[..., 0, :1])
 
@@ -174,5 +174,5 @@ def colide(
     )
     fit.sigma = fit.sigma * _back(unit, like)  # back in the units of the data
     if X is not None and found and C.ndim == 2:
-        _warn_units(C, fit.W, names, 3)
+        _warn_units(C, fit.W, names)
     return fit

@@ -282,8 +282,8 @@ def _read(X, name="X"):
     if t.ndim < 2:
         raise ValueError(f"{name} must be a table of rows and columns, got shape {tuple(t.shape)}")
     for what, isit, cure in (
-        ("missing", torch.isnan, "drop their rows or fill them in"),
-        ("infinite", torch.isinf, "drop their rows, or look how they came about"),
+        ("missing", torch.isnan, "drop those rows or fill them in"),
+        ("infinite", torch.isinf, "drop those rows, or look how they came about"),
     ):
         count = isit(t.flatten(0, -2)).sum(0)
         if count.any():
@@ -749,6 +749,27 @@ def varsortability(
     return up / n if n else math.nan
 
 
+def _spread(v, names):
+    "The range of the standard deviations, in words."
+    names = list(range(len(v))) if names is None else names
+    a, b = (f"{v[j].sqrt().item():.2g} ({names[j]!r})" for j in (int(v.argmin()), int(v.argmax())))
+    return f"the standard deviations go from {a} to {b}"
+
+
+def _climbs(C, B, above, ratio, names):
+    "What to say of a graph that follows the variances, or None."
+    v = _psd(C).diagonal()
+    vs = varsortability(C, B)
+    if not vs >= above or (v.max() / v.min()).item() <= ratio:
+        return None
+    return (
+        f"varsortability of the graph is {vs:.2f}: almost every edge points to the column with the"
+        f" larger variance, and {_spread(v, names)}. One column in another unit may give another"
+        " graph. Compare with sort_n_regress, and fit again on standardised columns before you"
+        " trust a direction."
+    )
+
+
 def warn_varsortable(
     C: torch.Tensor,  # (d, d) covariance
     B: torch.Tensor,  # (d, d) DAG, 0/1 or weights
@@ -759,67 +780,47 @@ def warn_varsortable(
 ) -> bool:  # whether it warned
     """Warns when a graph follows the order of the marginal variances: an artefact of units is
     then a possible explanation."""
-    v = _psd(C).diagonal()
-    vs = varsortability(C, B)
-    leaks = vs >= above and (v.max() / v.min()).item() > ratio
-    if leaks:
-        warnings.warn(
-            f"varsortability of the graph is {vs:.2f}: almost every edge points to the column with"
-            f" the larger variance, and {_spread(v, names)}. One column in another unit may give"
-            " another graph. Compare with sort_n_regress, and fit again on standardised columns"
-            " before you trust a direction.",
-            UserWarning,
-            stacklevel=2,
-        )
-    return leaks
+    said = _climbs(C, B, above, ratio, names)
+    if said:
+        warnings.warn(said, UserWarning, stacklevel=2)
+    return said is not None
 
 
-def _spread(v, names):
-    "The range of the standard deviations, in words."
-    names = list(range(len(v))) if names is None else names
-    a, b = (f"{v[j].sqrt().item():.2g} ({names[j]!r})" for j in (int(v.argmin()), int(v.argmax())))
-    return f"the standard deviations go from {a} to {b}"
-
-
-def _warn_data(C, n=None, names=None, level=4):
+def _warn_data(C, n=None, names=None):
     "What can be said before a fit: fewer rows than columns, columns that determine one another."
-    d = C.shape[-1]
-    tied = None if n and n <= d else _tied(C, names)
-    if n and n <= d:
-        warnings.warn(
-            f"{n} rows for {d} columns: the covariance is singular, and the penalty decides what"
-            " the data leave open. (If the rows are your variables, pass the transpose.)",
-            UserWarning,
-            stacklevel=level,
+    if n and n <= C.shape[-1]:
+        said = (
+            f"{n} rows for {C.shape[-1]} columns: the covariance is singular, and the penalty or"
+            " the ridge decides what the data leave open. (If the rows are your variables, pass"
+            " the transpose.)"
         )
-    if tied:
-        warnings.warn(
-            f"{tied}: the data cannot tell which of them has an edge, and the penalty shares it"
-            " out. Leave columns out until none is a combination of others",
-            UserWarning,
-            stacklevel=level,
+    elif said := _tied(C, names):
+        said += (
+            ": the data cannot tell which of them has an edge, and the penalty or the ridge shares"
+            " it out. Leave columns out until none is a combination of others"
         )
+    if said:
+        warnings.warn(said, UserWarning, stacklevel=3)
 
 
-def _warn_units(C, B, names=None, level=4):
+def _warn_units(C, B, names=None):
     "What can be said of the units of columns once there is a graph: one warning, or none."
     v = C.diagonal()
-    if len(v) > 1 and (v.max() / v.min()).item() < 1.01:
-        warnings.warn(
+    ratio = (v.max() / v.min()).item()
+    if len(v) > 1 and ratio < 1.01:
+        said = (
             "all columns have the same variance, as standardised ones have: least squares takes the"
             " direction of an edge from the variances, and without them it does no better than no"
-            " graph (notebooks 602 and 699)",
-            UserWarning,
-            stacklevel=level,
+            " graph (notebooks 602 and 699)"
         )
-    elif not warn_varsortable(C, B, names=names) and (v.max() / v.min()).item() > 1e4:
-        warnings.warn(
+    elif not (said := _climbs(C, B, 0.95, 2.0, names)) and ratio > 1e4:
+        said = (
             f"{_spread(v, names)}: the unit of all columns together makes no difference, that of"
             " one column does. It turns edges, and a weight is in units of the effect for one unit"
-            " of the cause, so that the threshold, too, means something else for every pair",
-            UserWarning,
-            stacklevel=level,
+            " of the cause, so that the threshold, too, means something else for every pair"
         )
+    if said:
+        warnings.warn(said, UserWarning, stacklevel=3)
 
 
 def warn_table(

@@ -772,6 +772,13 @@ def fit_domains(
         rows = (d == i).nonzero().flatten()
         if len(rows) < 4:
             raise ValueError(f"domain {name!r} has {len(rows)} rows, at least 4 are needed")
+        still = (z[rows].amax(0) == z[rows].amin(0)).nonzero()
+        if len(still):
+            j = still[0].item()
+            raise ValueError(
+                f"column {(columns or range(p))[j]!r} is constant in domain {name!r}: it has no"
+                " density there, leave it out"
+            )
         aside = max(2, round(holdout * len(rows)))
         test[rows[torch.randperm(len(rows), generator=g)[:aside]]] = True
     runs, each = len(ks) * starts, [v for v in ks for _ in range(starts)]

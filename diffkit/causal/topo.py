@@ -459,7 +459,7 @@ def topo(
     if not own and not lam and (tied := _tied(C, names)):
         raise ValueError(f"{tied}: leave columns out, or use lam > 0 (a ridge)")
     if lam or own:
-        _warn_data(C, n, names, 3)
+        _warn_data(C, n, names)
     table, size = C, noise_scale(C)[..., None, None] ** 2
     C = C + lam * size * torch.eye(d, dtype=C.dtype, device=C.device)
     flat = C.reshape(-1, d, d)
@@ -501,5 +501,5 @@ def topo(
         **(dict(sigma=None) if own else {}),
     )
     if X is not None and found and C.ndim == 2:
-        _warn_units(table, fit.W, names, 3)
+        _warn_units(table, fit.W, names)
     return fit

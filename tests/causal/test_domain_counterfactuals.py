@@ -409,7 +409,7 @@ X0, D0 = torch.randn(9, 4, generator=gen(0)), torch.arange(9) % 3
         ),
         (lambda: to_canonical(torch.eye(3), torch.zeros(3)), ValueError, "F must be"),
         (lambda: fit_domains(table()[1], "where"), ValueError, "must be a column"),
-        (lambda: fit_domains(table()[1].assign(a=np.nan), "site"), ValueError, "NaN or infinity"),
+        (lambda: fit_domains(table()[1].assign(a=np.nan), "site"), ValueError, "900 missing"),
         (
             lambda: fit_domains(table()[1].assign(site="x"), "site"),
             ValueError,
@@ -423,7 +423,7 @@ X0, D0 = torch.randn(9, 4, generator=gen(0)), torch.arange(9) % 3
             ValueError,
             "at least 4",
         ),
-        (lambda: fit_domains(table()[1], "site", columns=["note"]), TypeError, "numeric"),
+        (lambda: fit_domains(table()[1], "site", columns=["note"]), TypeError, "no real numbers"),
         (lambda: fit_domains(table()[1], "site", k=4), ValueError, "k must be in 1..3"),
     ],
 )
