@@ -8,12 +8,12 @@ __all__ = ['COMMANDS', 'list_notebooks', 'run_notebooks', 'replicate_verdicts', 
            'build_site', 'print_scorecard', 'main']
 
 # %% ../nbs/core/011_cli.ipynb #e84968be
+import argparse
 import difflib
+import inspect
 import os
 import sys
 from pathlib import Path
-
-from fastcore.script import Param, anno_parser, store_true
 
 # %% ../nbs/core/011_cli.ipynb #3eef383e
 def _in_chapter(chapter: str | None) -> dict:  # slug -> path
@@ -25,7 +25,10 @@ def _in_chapter(chapter: str | None) -> dict:  # slug -> path
     return {s: p for s, p in every.items() if wanted in (None, p.parent.name)}
 
 
-def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None):
+def list_notebooks(
+    *,
+    chapter: str = None,  # only this chapter, e.g. solvers
+):
     "List the notebooks of the course."
     from diffkit.core.lab import title
 
@@ -38,14 +41,14 @@ def list_notebooks(chapter: Param("only this chapter, e.g. solvers", str) = None
 
 
 def run_notebooks(
-    # no default, which makes it positional
-    slugs: Param("slugs, numbers or files; none means all", str, nargs="*"),
-    scale: Param("size of the experiments: quick, full or smoke", str) = "quick",
-    jobs: Param("notebooks at once", int) = 2,
-    backend: Param("where: loky or threading here, dask or ray on a cluster", str) = "loky",
-    address: Param("of an existing cluster, e.g. tcp://head:8786", str) = None,
-    out: Param("folder for executed copies and results", str) = None,
-    minutes: Param("with --scale full: run what fits, those without a record first", float) = None,
+    slugs: list,  # slugs, numbers or files; none means all
+    *,
+    scale: str = "quick",  # size of the experiments: quick, full or smoke
+    jobs: int = 2,  # notebooks at once
+    backend: str = "loky",  # where: loky or threading here, dask or ray on a cluster
+    address: str = None,  # of an existing cluster, e.g. tcp://head:8786
+    out: str = None,  # folder for executed copies and results
+    minutes: float = None,  # with --scale full: run what fits, those without a record first
 ):
     "Execute notebooks side by side; what was done before is not done again."
     from diffkit.core.lab import run
@@ -80,11 +83,12 @@ def run_notebooks(
 
 # %% ../nbs/core/011_cli.ipynb #f3e7648b
 def replicate_verdicts(
-    slugs: Param("slugs, numbers or files; none means all with claims", str, nargs="*"),
-    sets: Param("sets of seeds, none of them the published one", int) = 3,
-    jobs: Param("notebooks at once", int) = 2,
-    backend: Param("where: loky or threading here, dask or ray on a cluster", str) = "loky",
-    address: Param("of an existing cluster, e.g. tcp://head:8786", str) = None,
+    slugs: list,  # slugs, numbers or files; none means all with claims
+    *,
+    sets: int = 3,  # sets of seeds, none of them the published one
+    jobs: int = 2,  # notebooks at once
+    backend: str = "loky",  # where: loky or threading here, dask or ray on a cluster
+    address: str = None,  # of an existing cluster, e.g. tcp://head:8786
 ):
     "Run notebooks on other seeds, keep the verdicts, and print which change."
     from diffkit.core.lab import VERDICTS, claims, find, workers
@@ -107,9 +111,10 @@ def replicate_verdicts(
 
 
 def train_model(
-    name: Param("name of a model of the zoo", str),
-    out: Param("folder for weights and card", str) = "zoo",
-    steps: Param("optimiser steps; none: as in its recipe", int) = None,
+    name: str,  # name of a model of the zoo
+    *,
+    out: str = "zoo",  # folder for weights and card
+    steps: int = None,  # optimiser steps; none: as in its recipe
 ):
     "Train a model of the zoo again, from its recorded data and seed; what is shipped stays."
     from diffkit.core import zoo
@@ -124,17 +129,21 @@ def train_model(
 
 
 def build_site(
-    dest: Param("folder to write; default: _site", str, nargs="?"),
-    serve: Param("serve it on localhost when done", store_true) = False,
-    port: Param("port of the server", int) = 8000,
+    dest: str = "_site",  # folder to write
+    *,
+    serve: bool = False,  # serve it on localhost when done
+    port: int = 8000,  # port of the server
 ):
     "Build the docs site from the notebooks' saved outputs."
     from diffkit.site import build
 
-    build(dest or "_site", serve=serve, port=port)
+    build(dest, serve=serve, port=port)
 
 
-def print_scorecard(chapter: Param("only this chapter", str) = None):
+def print_scorecard(
+    *,
+    chapter: str = None,  # only this chapter
+):
     "Print all claims: verdict, what the paper says, what was measured."
     from diffkit.core.lab import VERDICTS, scorecard
 
@@ -180,6 +189,28 @@ def main(
         sys.exit(130)
 
 
+def _parser(f, name: str) -> argparse.ArgumentParser:  # a command's, from its function
+    from fastcore.docments import docments
+
+    said = docments(f)
+    p = argparse.ArgumentParser(prog=f"diffkit {name}", description=f.__doc__)
+    for k, q in inspect.signature(f).parameters.items():
+        how = {"help": said[k]}
+        if q.default not in (q.empty, None, False):
+            how |= {"default": q.default, "help": f"{said[k]} (default: {q.default})"}
+        if q.annotation is bool:
+            how["action"] = "store_true"
+        elif q.annotation is list:
+            how["nargs"] = "*"
+        else:
+            how["type"] = q.annotation
+        if q.kind is q.KEYWORD_ONLY:
+            p.add_argument(f"--{k}", **how)
+        else:
+            p.add_argument(k, **how if q.default is q.empty else how | {"nargs": "?"})
+    return p
+
+
 def _run(argv):
     if argv[:1] == ["help"]:
         argv = [*argv[1:2], "--help"]
@@ -204,9 +235,9 @@ def _run(argv):
     from diffkit.site import SiteError
 
     f = COMMANDS[argv[0]]
-    args = vars(anno_parser(f, prog=f"diffkit {argv[0]}").parse_args(argv[1:]))
+    args = vars(_parser(f, argv[0]).parse_args(argv[1:]))
     try:
-        f(**{k: v for k, v in args.items() if k not in ("pdb", "xtra")})
+        f(**args)
     except (ValueError, FileNotFoundError, ImportError, SiteError) as e:
         print(f"diffkit {argv[0]}: {e}", file=sys.stderr)
         sys.exit(2)
