@@ -7,6 +7,7 @@ go on from one that promises much."""
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import warnings
 from collections.abc import Callable
@@ -68,6 +69,27 @@ def choose_candidate(
     return systematic(log_w, n=1, generator=generator)[:, 0]
 
 # %% ../../nbs/guidance/305_svdd.ipynb #74728ee2
+def _takes(f, n):  # can f be called with n things? Yes, where Python can't tell
+    try:
+        signature = inspect.signature(f.forward if isinstance(f, nn.Module) else f)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * n)
+    except TypeError:
+        return False
+    return True
+
+
+def _reward(f):  # f, if it can be a reward
+    if callable(f) and not isinstance(f, type) and _takes(f, 1):
+        return f
+    raise TypeError(
+        "reward must be a function of clean samples (B, ...) alone that returns (B,), got"
+        f" {f if callable(f) else type(f).__name__}"
+    )
+
+
 class SoftValue:
     """What a state promises. Subclass it where the value needs the model's prediction at that
     state; else any function `(x, t) -> (B,)` will do."""
@@ -108,14 +130,10 @@ class PosteriorMean(SoftValue):
         # random ones and takes their soft mean
         completions: int = 0,
     ):
-        if not callable(reward):
-            raise TypeError(
-                "reward must be a function of clean samples (B, ...) that returns (B,), got"
-                f" {type(reward).__name__}"
-            )
         if isinstance(completions, bool) or not isinstance(completions, int) or completions < 0:
             raise ValueError(f"completions must be an integer from 0 on, got {completions!r}")
-        self.reward, self.completions, self.alpha, self.generator = reward, completions, 1.0, None
+        self.reward, self.completions = _reward(reward), completions
+        self.alpha, self.generator = 1.0, None
 
     def start(self, process, alpha, generator=None):
         if self.completions and not isinstance(process, MaskedProcess):
@@ -151,12 +169,15 @@ def per_sample(
 # what a reward or a value returned, as one float64 number a row
 def _numbers(out, x):
     wide = widest(x.device)
-    v = torch.as_tensor(out).detach().to(x.device, wide)
+    need = f"a reward or value must return one number a sample, shape ({len(x)},), got"
+    try:
+        v = torch.as_tensor(out).detach().to(x.device, wide)
+    except (RuntimeError, TypeError, ValueError) as e:
+        raise TypeError(f"{need} {type(out).__name__}") from e
     if v.shape != (len(x),):
-        raise ValueError(
-            f"a reward or value must return one number a sample, shape ({len(x)},), got"
-            f" {tuple(v.shape)}"
-        )
+        way = "per_sample(f) makes a reward of a function of one sample" if not v.ndim else ""
+        way = "take [:, 0]" if v.shape == (len(x), 1) else way
+        raise ValueError(f"{need} {tuple(v.shape)}{way and ': ' + way}")
     if torch.isnan(v).any() or (v == math.inf).any():
         raise ValueError(
             f"a reward or value returned {'nan' if torch.isnan(v).any() else 'inf'} for"
@@ -229,6 +250,7 @@ class MonteCarloValue(SoftValue):
         **kwargs,  # to `core.training.fit`: batch_size, seed, ema, schedule, progress, ...
     ) -> MonteCarloValue:  # itself
         "Sample n paths, look at their rewards, and regress these on the states in between."
+        reward = _reward(reward)
         path = [
             (st.x, st.t) for st in trace(denoiser, solver, x, grid, cond=cond, generator=generator)
         ]
@@ -253,12 +275,21 @@ class MonteCarloValue(SoftValue):
 
 # %% ../../nbs/guidance/305_svdd.ipynb #51e15d2c
 class _Wrapper(Solver):  # an inner solver that is known to draw, and a value
+    def __new__(cls, *args, **kwargs):
+        if "reward" in kwargs:
+            raise TypeError(
+                f"{cls.__name__} has no argument reward: give {cls.__name__}(solver,"
+                " PosteriorMean(reward))"
+            )
+        return super().__new__(cls, *args, **kwargs)
+
     def __init__(self, solver, value, alpha, chunk):
         if not isinstance(solver, Solver):
             raise TypeError(
                 f"solver must be a Solver instance, e.g. DDIM(eta=1.) or Unmask(), got {solver!r}"
             )
-        if not callable(value):
+        asked = 3 if getattr(value, "needs_prediction", False) else 2
+        if not callable(value) or isinstance(value, type) or not _takes(value, asked):
             raise TypeError(
                 f"value must be a SoftValue or a function (x, t) -> (B,), got {value!r}; a reward"
                 " of clean samples becomes one by PosteriorMean(reward)"
@@ -438,7 +469,7 @@ def soft_best_of(
             f"n must be a positive integer that divides the number of samples, {len(x)}, got {n!r}"
         )
     with torch.no_grad():
-        r = _numbers(reward(x), x)
+        r = _numbers(_reward(reward)(x), x)
     chosen = choose_candidate(r.reshape(-1, n), alpha, generator)
     return x[torch.arange(0, len(x), n, device=x.device) + chosen]
 

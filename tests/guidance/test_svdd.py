@@ -1,6 +1,8 @@
 """Soft value-based decoding: exact laws, properties on random input, composition, bad input."""
 
+import functools
 import math
+import operator
 import warnings
 
 import numpy as np
@@ -56,6 +58,9 @@ def randn(*shape, seed=0, dtype=F64):
 
 def first(x):
     return x[:, 0]
+
+
+PM = PosteriorMean(first)
 
 
 def count(x):
@@ -559,24 +564,34 @@ def test_refused_solvers_cost_nothing(inner, word, make):
 @pytest.mark.parametrize(
     "make,error,word",
     [
-        (lambda: SVDD(DDIM(eta=1.0), first, M=0), ValueError, "got 0"),
-        (lambda: SVDD(DDIM(eta=1.0), first, M=True), ValueError, "got True"),
-        (lambda: SVDD(DDIM(eta=1.0), first, M=2.0), ValueError, "got 2.0"),
-        (lambda: SVDD(DDIM(eta=1.0), first, alpha=-1.0), ValueError, "got -1.0"),
-        (lambda: SVDD(DDIM(eta=1.0), first, alpha=math.nan), ValueError, "got nan"),
-        (lambda: SVDD(DDIM(eta=1.0), first, alpha="1"), ValueError, "got '1'"),
-        (lambda: SVDD(DDIM(eta=1.0), first, select="best"), ValueError, "'best'"),
-        (lambda: SVDD(DDIM(eta=1.0), first, chunk=0), ValueError, "got 0"),
-        (lambda: SVDD(DDIM, first), TypeError, "Solver instance"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, M=0), ValueError, "got 0"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, M=True), ValueError, "got True"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, M=2.0), ValueError, "got 2.0"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, alpha=-1.0), ValueError, "got -1.0"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, alpha=math.nan), ValueError, "got nan"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, alpha="1"), ValueError, "got '1'"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, select="best"), ValueError, "'best'"),
+        (lambda: SVDD(DDIM(eta=1.0), PM, chunk=0), ValueError, "got 0"),
+        (lambda: SVDD(DDIM, PM), TypeError, "Solver instance"),
         (lambda: SVDD(DDIM(eta=1.0), None), TypeError, "got None"),
+        (lambda: SVDD(DDIM(eta=1.0), first), TypeError, r"becomes one by PosteriorMean\(reward\)"),
+        (lambda: RewardSMC(DDIM(eta=1.0), nn.Linear(2, 1)), TypeError, r"PosteriorMean\(reward\)"),
+        (lambda: SVDD(DDIM(eta=1.0), PosteriorMean), TypeError, "class .*PosteriorMean"),
+        (lambda: SVDD(DDIM(eta=1.0), MonteCarloValue), TypeError, "class .*MonteCarloValue"),
+        (lambda: SVDD(DDIM(eta=1.0), reward=first), TypeError, r"SVDD\(solver, PosteriorMean"),
+        (lambda: RewardSMC(DDIM(eta=1.0), reward=first), TypeError, r"RewardSMC\(solver, Post"),
         (lambda: PosteriorMean(None), TypeError, "NoneType"),
+        (lambda: PosteriorMean(lambda x, t: x), TypeError, "clean samples .* alone"),
+        (lambda: PosteriorMean(nn.Identity), TypeError, "class .*Identity"),
+        (lambda: PosteriorMean(PM), TypeError, "clean samples"),
+        (lambda: soft_best_of(randn(6, 1), lambda x, t: x, 3), TypeError, "clean samples"),
         (lambda: PosteriorMean(first, -1), ValueError, "got -1"),
         (lambda: PosteriorMean(first, True), ValueError, "got True"),
         (lambda: MonteCarloValue(first), TypeError, "torch module"),
         (lambda: MonteCarloValue(nn.Linear(1, 1), alpha=0.0), ValueError, "got 0.0"),
-        (lambda: RewardSMC(DDIM(eta=1.0), first, alpha=0.0), ValueError, "positive"),
-        (lambda: RewardSMC(DDIM(eta=1.0), first, ess=2.0), ValueError, "got 2.0"),
-        (lambda: RewardSMC(DDIM(eta=1.0), first, groups=0), ValueError, "got 0"),
+        (lambda: RewardSMC(DDIM(eta=1.0), PM, alpha=0.0), ValueError, "positive"),
+        (lambda: RewardSMC(DDIM(eta=1.0), PM, ess=2.0), ValueError, "got 2.0"),
+        (lambda: RewardSMC(DDIM(eta=1.0), PM, groups=0), ValueError, "got 0"),
         (lambda: soft_best_of(randn(6, 1), first, 4), ValueError, "divides"),
         (lambda: soft_best_of(randn(6, 1), first, 0), ValueError, "got 0"),
         (lambda: choose_candidate(randn(4), 1.0), ValueError, "B, M"),
@@ -594,7 +609,11 @@ def test_bad_arguments(make, error, word):
     "reward,word",
     [
         (lambda x: x, r"got \(9, 2\)"),
-        (lambda x: x.sum(), r"got \(\)"),
+        (lambda x: x.sum(), r"got \(\): per_sample\(f\)"),
+        (lambda x: x[:, :1], r"got \(9, 1\): take \[:, 0\]"),
+        (lambda x: None, "got NoneType"),
+        (lambda x: (x, x[0]), "got tuple"),
+        (lambda x: "good", "got str"),
         (lambda x: first(x) * math.nan, "nan for 9 of 9"),
         (lambda x: first(x) * 0 + math.inf, "inf for 9 of 9"),
         (lambda x: first(x)[:2], r"got \(2,\)"),
@@ -602,8 +621,45 @@ def test_bad_arguments(make, error, word):
 )
 def test_bad_rewards(reward, word):
     d = MixtureDenoiser(MIX, VP())
-    with pytest.raises(ValueError, match=word):
-        run(d, SVDD(DDIM(eta=1.0), PosteriorMean(reward), M=3), randn(3, 2), time_grid(VP(), 4))
+    for value in (PosteriorMean(reward), lambda x, t: reward(x)):
+        with pytest.raises((ValueError, TypeError), match="reward or value .*" + word):
+            run(d, SVDD(DDIM(eta=1.0), value, M=3), randn(3, 2), time_grid(VP(), 4))
+    with pytest.raises((ValueError, TypeError), match=word.replace("9", "6")):
+        soft_best_of(randn(6, 2), reward, 3)
+
+
+def test_a_regression_asks_for_the_reward_before_it_samples():
+    d, critic = MixtureDenoiser(MIX, VP()), MonteCarloValue(nn.Linear(2, 1))
+    with count_evals(d) as n, pytest.raises(TypeError, match="clean samples"):
+        critic.fit(d, DDIM(eta=1.0), randn(3, 2), time_grid(VP(), 4), lambda x, t: first(x))
+    assert n.calls == 0
+
+
+class Module(nn.Module):
+    def forward(self, x, t=None):
+        return x[:, 0]
+
+
+class Late(nn.Module):
+    def forward(self, x, t):
+        return x[:, 0]
+
+
+def test_whatever_can_be_called_is_a_reward_or_a_value():
+    d, grid = MixtureDenoiser(MIX, VP()), time_grid(VP(), 4)
+    go = lambda value: run(d, SVDD(DDIM(eta=1.0), value, M=3), randn(3, 2), grid)
+    part = functools.partial(torch.select, dim=1, index=0)
+    bare = operator.itemgetter((slice(None), 0))  # Python knows no signature of it
+    for f in (part, bare, Module(), lambda x: x[:, 0].tolist()):
+        assert torch.equal(go(PosteriorMean(f)), go(PM))
+    for f in (Late(), Module(), lambda x, *more: x[:, 0]):
+        assert torch.equal(go(f), go(lambda x, t: x[:, 0]))
+
+    def looks(x, t, prediction):
+        return prediction.x0[:, 0]
+
+    looks.needs_prediction, looks.reward = True, first
+    assert torch.equal(go(looks), go(PM))
 
 
 def test_more_bad_input():
