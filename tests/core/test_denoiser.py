@@ -154,6 +154,10 @@ def test_offloaded_by_accelerate():
     assert torch.equal(run(d), want)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6),
+    reason="the tracer of these versions fails on a class with __getattr__",
+)
 def test_compiled_denoisers(monkeypatch):
     monkeypatch.setattr(Net, "seen", property(lambda s: None, lambda s, v: None), raising=False)
     want = run(dk.cfg(net(), 2.0, uncond=rows(1, 2)), cond=rows(6))
