@@ -6,6 +6,7 @@ keeping the activations of the sampling steps."""
 # %% ../../nbs/solvers/207_adjoint_dpm.ipynb #02d07a12
 from __future__ import annotations
 
+import difflib
 import math
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from ..core.denoiser import Denoiser, as_denoiser
-from ..core.sampling import DDIM, Node, check_run, first_order
+from ..core.sampling import DDIM, Node, Solver, check_run, first_order
 
 # %% auto #0
 __all__ = ['METHODS', 'saved_bytes', 'RhoField', 'Tableau', 'rk_step', 'adjoint_sample',
@@ -361,6 +362,19 @@ def _refuse(denoiser, x, times, cond):  # what isn't one function of (x, t) in b
                 )
 
 
+def _one_of(name, value, allowed, more=""):
+    if isinstance(value, str) and value in allowed:
+        return
+    kind = value if isinstance(value, type) else type(value)
+    said = value if isinstance(value, str) else kind.__name__
+    near = difflib.get_close_matches(said.lower(), allowed, n=1, cutoff=0.6)
+    solver = "a solver of sample, which has no adjoint: " if issubclass(kind, Solver) else ""
+    raise (ValueError if isinstance(value, str) else TypeError)(
+        f"{name}={value!r}: {solver}it must be one of {', '.join(allowed)}{more}"
+        + (f"; did you mean {near[0]!r}?" if near else "")
+    )
+
+
 def _checked_params(denoiser, params):  # a list of different tensors that require grad
     if params is None:
         params = [p for p in denoiser.parameters() if p.requires_grad]
@@ -396,12 +410,10 @@ def adjoint_sample(
 ) -> torch.Tensor:  # (B, ...) state at grid[-1], or x_0; differentiable in x, cond and params
     """Sample by the probability-flow ODE in rho; the gradient comes from a second ODE, not from
     kept activations. Source: arXiv 2307.10711."""
-    if isinstance(method, str) and method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)} or a Tableau, got {method!r}")
-    if gradient not in ("adjoint", "exact", "backprop"):
-        raise ValueError(f"gradient must be adjoint, exact or backprop, got {gradient!r}")
-    if states not in ("stored", "recomputed"):
-        raise ValueError(f"states must be stored or recomputed, got {states!r}")
+    if not isinstance(method, Tableau):
+        _one_of("method", method, METHODS, ", or a Tableau")
+    _one_of("gradient", gradient, ("adjoint", "exact", "backprop"))
+    _one_of("states", states, ("stored", "recomputed"))
     if states == "recomputed" and gradient != "adjoint":
         raise ValueError(f"states='recomputed' needs gradient='adjoint', got gradient={gradient!r}")
     times = check_run(denoiser, DDIM(), x, grid, cond)
