@@ -127,7 +127,7 @@ def train_model(
         for k, v in measured.items():
             print(f"  {k:30s}{v:12.4g}{shipped.get(how, {}).get(k, float('nan')):12.4g}")
 
-
+# %% ../nbs/core/011_cli.ipynb #c4451b87
 def build_site(
     dest: str = "_site",  # folder to write
     *,

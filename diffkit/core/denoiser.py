@@ -216,7 +216,7 @@ def combine(
         ),
     )
 
-# %% ../../nbs/core/001_denoiser.ipynb #4859eeb1
+# %% ../../nbs/core/001_denoiser.ipynb #f19a6379
 def map_rows(
     cond,  # conditions: tensors, in dicts, lists and tuples too
     n: int,  # samples
@@ -245,7 +245,7 @@ def full_rows(
             )
     return map_rows(cond or {}, 1, lambda v: v.repeat(n, *[1] * (v.ndim - 1)) if n > 1 else v)
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #4859eeb1
 def _copied(module, grid):  # with the runs of the denoisers in it; itself if none remembers
     new = {
         k: m.begin(grid) if isinstance(m, Denoiser) else _copied(m, grid)
@@ -328,7 +328,7 @@ class Denoiser(nn.Module):
             if isinstance(child, Denoiser):
                 child.reindex(idx)
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #0b463670
 class Compiled(Denoiser):
     "A denoiser behind `torch.compile`; each run that remembers something is compiled as it was."
 
