@@ -24,6 +24,9 @@ setup(
     keywords=cfg["keywords"],
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    # "." makes an editable install a plain entry of sys.path: then a folder of the name diffkit,
+    # such as this checkout seen from its parent, does not hide the package
+    package_dir={"": "."},
     packages=find_packages(include=["diffkit", "diffkit.*"]),
     package_data={"diffkit": ["data/*", "data/*/*", "assets/*"]},
     python_requires=f">={cfg['min_python']}",

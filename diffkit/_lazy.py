@@ -3,10 +3,11 @@
 The list of names is nbdev's index of the exported symbols (`_modidx.py`), so a new notebook is
 reachable by being there. `lazy_loader` does the loading. A name that is reached this way gets a
 docstring that lists its parameters with their comments, so that `help(dk.apg)` says what the
-source says."""
+source says. A name that nearly exists gets a suggestion."""
 
 from __future__ import annotations
 
+import difflib
 import inspect
 
 LISTED = "\n\nParameters\n----------\n"  # where the list begins: numpy's form, which IDEs know
@@ -62,6 +63,14 @@ def describe(obj) -> None:
     obj.__doc__ = inspect.cleandoc(doc) + LISTED + "\n".join(rows) + back
 
 
+def missing(package: str, name: str, known: list[str]) -> AttributeError:
+    "The error for a name that a package does not have, with the nearest one that it has."
+    said, lower = f"module {package!r} has no attribute {name!r}", {k.lower(): k for k in known}
+    near = difflib.get_close_matches(name.lower(), lower, n=1) if name[0] != "_" else []
+    # naming the attribute, but no object, keeps Python from adding a suggestion of its own
+    return AttributeError(said + "".join(f"; did you mean {lower[k]!r}?" for k in near), name=name)
+
+
 def attach(package: str) -> tuple:  # (__getattr__, __dir__, __all__)
     "Attach the public names of a package's modules, loaded on first use."
     import lazy_loader
@@ -71,6 +80,8 @@ def attach(package: str) -> tuple:  # (__getattr__, __dir__, __all__)
     load, listing, every = lazy_loader.attach(package, submodules=modules, submod_attrs=names)
 
     def get(name):
+        if name not in every:
+            raise missing(package, name, every)
         obj = load(name)
         if getattr(obj, "__module__", "").startswith("diffkit."):
             describe(obj)

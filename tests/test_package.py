@@ -38,8 +38,28 @@ def test_short_names_reach_what_the_long_path_holds():
         and diffkit.DPMSolverPP
         and diffkit.solvers.DPMSolverPP is diffkit.DPMSolverPP
     )
-    with pytest.raises(AttributeError):
-        _ = diffkit.no_such_name
+
+
+@pytest.mark.parametrize(
+    "package,name,near",
+    [
+        ("diffkit", "DPMSolverPlusPlus", "DPMSolverPP"),
+        ("diffkit.solvers", "DPMSolverPlusPlus", "DPMSolverPP"),
+        ("diffkit", "dpmsolverpp", "DPMSolverPP"),
+        ("diffkit", "mixture_denoiser", "MixtureDenoiser"),
+        ("diffkit.guidance", "PAGs", "pag"),
+        ("diffkit", "solver", "Solver"),
+        ("diffkit", "zzzz", None),
+        ("diffkit", "_sample", None),
+    ],
+)
+def test_a_name_that_nearly_exists_gets_a_suggestion(package, name, near):
+    import importlib
+
+    with pytest.raises(AttributeError) as e:
+        getattr(importlib.import_module(package), name)
+    more = f"; did you mean {near!r}?" if near else ""
+    assert str(e.value) == f"module {package!r} has no attribute {name!r}{more}"
 
 
 def test_core_names_are_unique():  # a short name that two core modules share would be a trap

@@ -1,8 +1,17 @@
 """`pip install diffkit` alone: without the optional packages every public name still loads, and
 what needs one says so."""
 
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import diffkit
+from diffkit.core.lab import root
 
 # not among the requirements of settings.ini
 OPTIONAL = (
@@ -61,3 +70,66 @@ def test_training_again_leaves_what_is_shipped_alone(tmp_path):
     assert "wrote zoo/digits-classifier.safetensors" in done.stdout
     assert {p: p.read_bytes() for p in sorted(zoo.FOLDER.iterdir())} == before
     assert sorted(p.suffix for p in (tmp_path / "zoo").iterdir()) == [".json", ".safetensors"]
+
+
+def copy_of_the_project(folder):  # what an install reads, so that nothing is built in the checkout
+    folder.mkdir()
+    for name in ("setup.py", "settings.ini", "pyproject.toml", "MANIFEST.in", "README.md"):
+        shutil.copy(root() / name, folder)
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(root() / "diffkit", folder / "diffkit", ignore=skip)
+    return folder
+
+
+def without_the_checkout(code, cwd, *path):  # in a process that finds the package by `path` only
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    first = f"import sys\nsys.path[1:1] = {[str(p) for p in path]}\nsys.meta_path = [\n"
+    first += "    f for f in sys.meta_path if 'editable' not in str(f)]\n"
+    call = [sys.executable, "-c", first + code]
+    return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def pip(*args):
+    pytest.importorskip("setuptools", reason="no setuptools: pip install setuptools")
+    call = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, args)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_editable_install_works_from_the_parent_folder(tmp_path):
+    """There a folder is called like the package: an empty namespace package to Python, unless the
+    checkout is a plain entry of `sys.path`."""
+    clone = copy_of_the_project(tmp_path / "diffkit")
+    site = tmp_path / "site"
+    pip("install", "-q", "--no-deps", "--no-build-isolation", "--target", site, "-e", clone)
+    code = f"import site; site.addsitedir({str(site)!r}); import diffkit; print(diffkit.__file__)"
+    for folder in (tmp_path, clone, tmp_path / "site"):
+        got = without_the_checkout(code, folder)
+        assert got.stdout.strip() == str(clone / "diffkit" / "__init__.py"), got.stderr[-800:]
+
+
+@pytest.mark.slow
+def test_the_wheel_of_the_source_archive_holds_everything(tmp_path):
+    pytest.importorskip("build", reason="no build: pip install build")
+    clone = copy_of_the_project(tmp_path / "clone")
+    call = [sys.executable, "-m", "build", "--no-isolation", "-o", tmp_path / "dist", clone]
+    done = subprocess.run(call, capture_output=True, text=True)  # the wheel is built from the sdist
+    assert done.returncode == 0, done.stdout[-2000:]
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    package = Path(diffkit.__file__).parent
+    there = {p.relative_to(package) for p in package.rglob("*") if p.is_file()}
+    there = {p for p in there if "__pycache__" not in p.parts}
+    site = tmp_path / "site" / "diffkit"
+    assert {p.relative_to(site) for p in site.rglob("*") if p.is_file()} == there
+    got = without_the_checkout(
+        HIDE
+        + "for name in dk.__all__:\n    getattr(dk, name)\n"
+        + "import torch\n"
+        + "assert [dk.load(k) for k in dk.available()] and len(dk.papers()) > 10\n"
+        + "print(dk.__file__)",
+        tmp_path,
+        tmp_path / "site",
+    )
+    assert got.stdout.strip() == str(site / "__init__.py"), got.stderr[-800:]
