@@ -429,7 +429,7 @@ def count_evals(
         for h in hooks:
             h.remove()
 
-# %% ../../nbs/core/001_denoiser.ipynb #b57eba0e
+# %% ../../nbs/core/001_denoiser.ipynb #1bb4c4b5
 def _unfit(net, x, t, cond):  # why a network cannot be called as net(x, t, **cond), or None
     try:
         takes = inspect.signature(getattr(net, "forward", net))
@@ -443,7 +443,7 @@ def _unfit(net, x, t, cond):  # why a network cannot be called as net(x, t, **co
     except ValueError:  # nothing is known of it
         return None
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #b57eba0e
 class NetDenoiser(Denoiser):
     "A network `net(x, t, **cond)` as a denoiser."
 
