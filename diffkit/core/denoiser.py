@@ -662,7 +662,7 @@ def guide(
         out = out + scale * (delta if shaper is None else shaper(delta, good.get(space), anchor.t))
     return Prediction(anchor.x, anchor.t, anchor.process, out, space, anchor.extra)
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #e6ccd189
 def lined_up(
     conds: Sequence[dict],  # the conditions of several branches
     n: int,  # samples
@@ -721,7 +721,7 @@ def check_interval(
         )
     return tuple(interval)
 
-
+# %% ../../nbs/core/001_denoiser.ipynb #ffad51fa
 class Guided(Denoiser):
     "Base of what makes a denoiser from a denoiser."
 
