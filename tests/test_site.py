@@ -12,11 +12,13 @@ import threading
 import zlib
 from http.server import ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urljoin
 
 import pytest
 import yaml
 
 from diffkit import site as S
+from diffkit.site import formulas, packages
 from diffkit.site import project as project_room
 
 pytest.importorskip("nbdev", reason="the docs site needs nbdev: pip install diffkit[docs]")
@@ -731,6 +733,40 @@ def test_mathml_without_node(tmp_path):
         and 'class="katex' not in page
         and not (site / "site_libs/katex").exists()
     )
+
+
+def test_a_machine_without_npm(tmp_path, monkeypatch):  # nor what npm fetched before
+    pytest.importorskip("pypandoc", reason="no pandoc: pip install pypandoc-binary")
+    monkeypatch.setattr(packages, "cache_dir", lambda: tmp_path / "nothing")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    site = S.build("_site", root=project(tmp_path / "here"), engine="smalldocs")
+    assert "<math" in read(site, "core/sample.html") and not (site / "site_libs/katex").exists()
+    assert S.check(site)[1] == []
+
+
+def test_every_formula_of_the_course_can_be_drawn_without_node(repo):
+    pytest.importorskip("pypandoc", reason="no pandoc: pip install pypandoc-binary")
+    note = re.compile(r'<annotation encoding="application/x-tex">(.*?)</annotation>', re.S)
+    found = {html.unescape(t) for f in repo.rglob("*.html") for t in note.findall(f.read_text())}
+    jobs = [(t, True) for t in sorted(found)]
+    assert len(jobs) > 1000
+    assert [t for (t, _), d in zip(jobs, formulas.draw_pandoc(jobs)) if "error" in d] == []
+
+
+def test_everything_is_found_below_a_base_path(built):
+    """As it is published: the top is `/diffkit/`, and nothing of the site lies above it."""
+    site, top = built[0], "http://host/diffkit/"
+    link = re.compile(r'\b(?:href|src)="([^"#]+)')
+    for f in site.rglob("*.html"):
+        if f.name == "404.html":  # it is shown anywhere, and says so by its <base>
+            continue
+        page = re.sub(r"<(script|code|pre)\b[^>]*>.*?</\1>", "", f.read_text(), flags=re.S)
+        for to in link.findall(page):
+            url = urljoin(top + f.relative_to(site).as_posix(), html.unescape(to))
+            if url.startswith("http://host/"):
+                below = unquote(url[len(top) :].partition("?")[0])
+                assert url.startswith(top), f"{f}: {to}"
+                assert (site / below / ("index.html" if below[-1:] in ("", "/") else "")).exists()
 
 
 def test_katex_is_local(sample):

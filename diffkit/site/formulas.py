@@ -17,6 +17,7 @@ from diffkit.site.project import ASSETS, write
 KATEX = "0.19.1"
 
 
+OLD_ROMAN = re.compile(r"\{\\rm\s+([^{}]*)\}")  # {\rm x}, which pandoc cannot read
 MATH = re.compile(r'<span class="math (inline|display)">(.*?)</span>', re.S)
 
 
@@ -50,6 +51,7 @@ def draw_pandoc(jobs: list[tuple[str, bool]]) -> list[dict]:
         raise SiteError(
             "mathematics needs node with npm (KaTeX), or pandoc: pip install pypandoc-binary"
         ) from e
+    jobs = [(OLD_ROMAN.sub(r"{\\mathrm{\1}}", tex), display) for tex, display in jobs]
     block = lambda i, tex, display: {
         "t": "Div",
         "c": [

@@ -230,7 +230,7 @@ def yaml_load(text: str):
 def read_config(root: Path) -> dict:
     f = root / "_quarto.yml"
     if not f.is_file():
-        raise SiteError(f"no {f}")
+        raise SiteError(f"no {f}: the docs site is built in a checkout of the project")
     try:
         return yaml_load(f.read_text(encoding="utf-8"))
     except Exception as e:
