@@ -163,7 +163,7 @@ def print_scorecard(
         + ", ".join(f"{sum(r['verdict'] == v for r in rows)} {t}" for v, t in VERDICTS.items())
     )
 
-
+# %% ../nbs/core/011_cli.ipynb #88033149
 COMMANDS = {
     "list": list_notebooks,
     "run": run_notebooks,

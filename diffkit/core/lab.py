@@ -457,22 +457,23 @@ MACHINE = "from diffkit.core.records import machine\nprint(machine())"
 
 def extra_of(
     module: str,  # as it is imported, e.g. "ot"
-) -> str:  # "" where settings.ini does not name it
+) -> str:  # "" where no extra brings it
     "How to install an optional package: the extra of settings.ini that brings it."
     cfg = ConfigParser(delimiters=["="])
     cfg.read(root() / "settings.ini", encoding="utf-8")
     known = {"sklearn": "scikit-learn", "ot": "pot", "distributed": "dask", "castle": "gcastle"}
     top = module.split(".")[0].lower()
-    for key, value in cfg["DEFAULT"].items():
+    for key, value in cfg["DEFAULT"].items():  # what every install has comes first
         names = [re.split(r"[^\w.-]", o.strip())[0].lower() for o in value.splitlines()]
-        if key.endswith("_requirements") and known.get(top, top) in names:
-            return f"pip install 'diffkit[{key.removesuffix('_requirements')}]'"
+        if key.endswith("requirements") and known.get(top, top) in names:
+            extra = key.removesuffix("requirements").rstrip("_")
+            return f"pip install 'diffkit[{extra}]'" if extra else ""
     return ""
 
 
 def _error(name, text, code, k, trace=""):  # how a failure is told: the cell is 1-based
     clean = lambda s: re.sub(r"\x1b\[[0-9;]*m", "", s)
-    if missing := re.match(r"No module named '([\w.]+)'", text):
+    if missing := re.match(r"No module named '(\w+)'", text):
         text += f"; {how}" if (how := extra_of(missing[1])) else ""
     said = dict(ok=False, cell=k + 1, source=code[k], error=f"{name}: {clean(text)}")
     return said | dict(traceback=clean(trace))

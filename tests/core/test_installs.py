@@ -1,7 +1,9 @@
 """`pip install diffkit` alone: without the optional packages every public name still loads, and
 what needs one says so."""
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,8 @@ from pathlib import Path
 import pytest
 
 import diffkit
-from diffkit.core.lab import root
+from diffkit.core.lab import extra_of, notebooks, root
+from diffkit.core.records import notebook_code
 
 # not among the requirements of settings.ini
 OPTIONAL = (
@@ -133,3 +136,30 @@ def test_the_wheel_of_the_source_archive_holds_everything(tmp_path):
         tmp_path / "site",
     )
     assert got.stdout.strip() == str(site / "__init__.py"), got.stderr[-800:]
+
+
+def needed(tree):  # modules imported, where no `try` or `if` comes first
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name.split(".")[0] for a in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield node.module.split(".")[0]
+        elif not isinstance(node, ast.Try | ast.If):
+            yield from needed(node)
+
+
+def test_the_extra_all_is_all_that_the_notebooks_need():
+    found = {}
+    for p in notebooks().values():
+        code = notebook_code(p)
+        # where a notebook asks what there is, the names that it asks for are in quotes
+        asks = re.search(r'find_spec\((?!"diffkit")', code)
+        must = {m for m in needed(ast.parse(code)) if not (asks and f'"{m}"' in code)}
+        found |= {m: p.stem for m in must if p.parent.name != "benchmarks"}
+    come_along = {"PIL", "IPython"}  # with matplotlib and ipykernel
+    for m in found.keys() - {"diffkit", *sys.stdlib_module_names, *come_along}:
+        extra = extra_of(m).partition("[")[2].partition("]")[0]
+        where = f"{found[m]} needs {m}, which is in the extra {extra!r}"
+        assert extra in ("", "data", "metrics", "causal", "peers", "notebook"), where
+    assert extra_of("torchdiffeq").endswith("'diffkit[peers]'") and not extra_of("torch")
+    assert {"torch", "diffusers", "torchdiffeq", "sklearn"} <= set(found)
