@@ -7,6 +7,7 @@ for each particle and resampling, at no extra evaluation of the network."""
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -605,6 +606,32 @@ class FKC(_Particles):
             )
         self.gammas = g
 
+    # samples of any law have -<x, score> equal to their dimension in the mean; its error, where the
+    # law is a Gaussian, and a tenth for the errors of a network
+    def _check_start(self, p, t):
+        if p.parts is None:
+            return
+        scores, dim, sigma = _split(p)[0], p.x[0].numel(), float(p.sigma)
+        each = sum(g * _dot(p.x, q.eps) for g, (_, q) in zip(self.gammas.T, scores)) / sigma / dim
+        n, mean = each.unique().numel(), each.mean().item()
+        early = t >= self.process.t_max or float(p.alpha) < 0.1 * sigma
+        spread = (2 / dim) ** 0.5 if early else max((2 / dim) ** 0.5, each.std(correction=0).item())
+        if abs(mean - 1) <= 0.1 + 5 * spread / n**0.5:
+            return
+        prior = f"fkc_prior(process, shape, {self.gammas[0, : len(scores)].sum().item():.4g})"
+        warnings.warn(
+            f"FKC: x at the start, t={t:.4g}, lies too far {'out' if mean > 1 else 'in'} to be"
+            f" samples of the mixture, and weights don't repair a start (mean of -<x, score> over"
+            f" the dimension: {mean:.3g}, must be 1): "
+            + (
+                f"take x = {prior}"
+                if early
+                else f"at this t, x must be drawn from the mixture itself; {prior} is right at"
+                f" t_max={self.process.t_max}"
+            ),
+            stacklevel=5,
+        )
+
     # of the log-weights, over the interval behind; at the last step also over the one ahead
     def _increment(self, p, t, s):
         now = weight_terms(p, self.match)
@@ -642,6 +669,8 @@ class FKC(_Particles):
             self.ancestors = torch.arange(len(x), device=x.device)
         p = denoise(x, t)
         self._check(p)
+        if self.before is None:
+            self._check_start(p, t)
         chosen = self._choose(self._increment(p, t, s))
         if chosen is not None:
             idx = self.table[self.row, chosen[self.row, self.column]]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,6 +483,33 @@ def test_pixels_that_nobody_scaled_are_noticed():
             go(fine)
         go(pixels.byte(), lambda m, b: m.loss(b / 127.5 - 1))
         fit(linear(), mse, (pixels, Y), 2, **QUIET)  # no diffusion model
+
+
+@pytest.mark.parametrize(
+    "out,says",
+    [
+        (lambda y: (y, y[:, :1]), None),
+        (lambda y: SimpleNamespace(sample=y), None),  # as in diffusers
+        (lambda y: y[:, :1], r"shape of x, \(50, 3\), got \(50, 1\)"),
+        (lambda y: y.sum(1), r"shape of x, \(50, 3\), got \(50,\)"),
+        (lambda y: None, "got NoneType"),
+    ],
+)
+def test_what_networks_return(out, says):
+    class Net(MLP):
+        def forward(self, x, t):
+            return out(super().forward(x, t))
+
+    def go(kind):
+        torch.manual_seed(2)
+        model = NetDenoiser(kind(dim=3, hidden=8, depth=1), VP(), predicts="v")
+        return fit(model, lambda m, b: m.loss(b), X, 3, **QUIET).losses
+
+    if says is None:
+        assert torch.equal(go(Net), go(MLP))
+    else:
+        with pytest.raises((ValueError, TypeError), match=says):
+            go(Net)
 
 
 def test_an_optimizer_class_gets_the_learning_rate():

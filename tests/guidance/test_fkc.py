@@ -3,6 +3,7 @@ independent implementations, composition, refusals."""
 
 import math
 import random
+import warnings
 from importlib.util import find_spec
 
 import pytest
@@ -356,7 +357,7 @@ def test_proportions_of_two_modes():
 
 
 def test_weights_without_clip_and_active():
-    den, grid, x = anneal(exact(), 2.0), time_grid(VP(), 10, "log_snr"), randn(64, 2)
+    den, grid, x = anneal(exact(), 2.0), time_grid(VP(), 10, "log_snr"), randn(64, 2) / 2**0.5
     run = lambda **k: (
         (s := FKC(resample=None, **k), sample(den, s, x, grid, generator=gen(), progress=False))[
             0
@@ -366,6 +367,88 @@ def test_weights_without_clip_and_active():
     assert_close(run(clip=1e9), full)
     assert (run(active=(0.0, 0.0)) == 0).all()
     assert run(clip=0.01).std() < full.std() and not torch.equal(run(active=(0.0, 0.5)), full)
+
+
+# --- the start
+
+
+def from_start(den, x, process, t, **kw):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        grid = time_grid(process, 2, "log_snr", t)
+        sample(den, FKC(**kw), x, grid, generator=gen(), progress=False)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+@pytest.mark.parametrize("shape,big", [((600, 2), 3.0), ((8, 2), 9.0), ((3, 1, 4, 4), 9.0)])
+def test_a_start_that_is_not_the_mixtures_is_named(process, shape, big):
+    kde = MixtureDenoiser(GaussianMixture.kde(randn(20, *shape[1:]), 0.4), process)
+    t, start = process.t_max, lambda total: fkc_prior(process, shape, total, gen(1), dtype=F64)
+    for den in (
+        anneal(kde, big),
+        product(kde, kde, kde, beta=big / 3),
+        geometric([kde, kde], [big + 1, -1.0]),
+        tilt(anneal(kde, big), lambda x: 30 * x.flatten(1).sum(1), lambda t: 1.0),
+    ):
+        from_start(den, start(big), process, t)
+        said = rf"FKC: x at the start, t=.* too far out .* fkc_prior\(process, shape, {big:g}\)$"
+        with pytest.raises(UserWarning, match=said):
+            from_start(den, start(1.0), process, t)
+    from_start(geometric([kde, kde], [3.0, -2.0]), start(1.0), process, t)  # guidance
+    from_start(anneal(kde, 1 / big), start(1 / big), process, t)
+    if shape[0] == 600:  # enough numbers to say so
+        with pytest.raises(UserWarning, match="too far in .*: 0.3[0-9]+, must be 1"):
+            from_start(anneal(kde, 1 / big), start(1.0), process, t)
+
+
+def test_what_the_start_should_have_been_is_said():
+    with pytest.raises(UserWarning, match=r"take x = fkc_prior\(process, shape, 3\)$"):
+        from_start(anneal(exact(), 3.0), randn(50, 2), VP(), 1.0)
+    # of several groups' own sums, the first
+    sums = torch.tensor([2.0, 4.0]).repeat_interleave(25)
+    each = anneal(exact(), sums)
+    with pytest.raises(UserWarning, match=r"fkc_prior\(process, shape, 2\)$"):
+        from_start(each, randn(50, 2), VP(), 1.0, groups=2)
+    from_start(each, randn(50, 2) / sums[:, None] ** 0.5, VP(), 1.0, groups=2)
+    # a prior of another time than the grid's
+    with pytest.raises(UserWarning, match="too far out"):
+        from_start(anneal(exact(VE()), 1.0), 50 * randn(50, 2), VE(), 0.7)
+
+
+def test_a_later_start_must_be_a_sample():
+    wide = MixtureDenoiser(GaussianMixture(torch.zeros(1, 2), scales=2.0), VP())
+    t = 0.5
+    a, s = float(VP().alpha(t)), float(VP().sigma(t))
+    for total in (1.0, 3.0):
+        den, exactly = anneal(wide, total), ((4 * a * a + s * s) / total) ** 0.5 * randn(4000, 2)
+        from_start(den, exactly, VP(), t)
+        with pytest.raises(
+            UserWarning, match="too far in .* drawn from the mixture itself; fkc_pri"
+        ):
+            from_start(den, fkc_prior(VP(), (4000, 2), total, gen(), dtype=F64, t=t), VP(), t)
+    few = [randn(20, 2, seed=k) * (4 * a * a + s * s) ** 0.5 for k in range(100)]
+    for x in few:  # by chance one is wider than the law
+        from_start(anneal(wide, 1.0), x, VP(), t)
+    with pytest.raises(UserWarning, match="take x = fkc_prior"):  # late, but noise is all there is
+        from_start(anneal(exact(), 9.0), randn(8, 2), VP(), 0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of a plain model that is only moved, nothing is asked
+        grid = time_grid(VP(), 2, "log_snr")
+        sample(wide, FKC(missing="ignore"), 3 * randn(50, 2), grid, progress=False)
+
+
+@pytest.mark.parametrize("n,dim", [(1, 1), (2, 1), (4, 2), (16, 2), (400, 1), (2, 64)])
+def test_no_false_alarm_for_right_starts(n, dim):
+    den = anneal(MixtureDenoiser(GaussianMixture(torch.zeros(1, dim), scales=1.0), VP()), 2.0)
+    alarms = 0
+    for seed in range(100):
+        try:
+            from_start(den, fkc_prior(VP(), (n, dim), 2.0, gen(seed), dtype=F64), VP(), 1.0)
+        except UserWarning:
+            alarms += 1
+    assert alarms <= 1
+    x = torch.full((500, dim), 0.75**0.5, dtype=F64)  # 1.5 instead of 1; but copies of one
+    from_start(den, x, VP(), 1.0)
 
 
 # --- composition
@@ -490,7 +573,7 @@ def test_batch_of_one_and_images():
     assert sample(
         product(kde, kde),
         FKC(groups=2, match=(torch.zeros(1, 4, 4), 1.0)),
-        randn(8, 1, 4, 4),
+        randn(8, 1, 4, 4) / 2**0.5,
         time_grid(VP(), 5, "log_snr"),
         progress=False,
     ).shape == (8, 1, 4, 4)
