@@ -945,7 +945,7 @@ def plot_dag(
             f" {T.shape}"
         )
     depth, pos = _layers(T if is_dag(T * 1.0) else W)
-    ax = ax or plt.subplots(figsize=(4, 3))[1]
+    ax = ax or plt.subplots(figsize=(max(4, d / 2), max(3, 0.36 * d)))[1]
     kinds = {
         "right": (W & T, "#0072B2", "-"),
         "reversed": (W & T.T & ~T, "#C75000", "--"),
@@ -972,13 +972,17 @@ def plot_dag(
     ax.axis("off")
     if not np.isin(weight, (0, 1)).all():
         at = ax.transData.transform
-        for i, j in zip(*np.nonzero(W)):  # on the bent arrow, a little nearer to its head
+        taken = [at(p) for p in pos.values()]
+        free = lambda p: min(np.hypot((p - q)[0] / 2, (p - q)[1]) for q in taken)
+        halo = [withStroke(linewidth=3, foreground="white")]
+        for i, j in zip(*np.nonzero(W)):  # on the bent arrow, where there is most room
             a, b = at(pos[i]), at(pos[j])
-            off = bend[i, j] * 2 * 0.58 * 0.42 * np.array([b[1] - a[1], a[0] - b[0]])
-            x, y = ax.transData.inverted().transform(0.42 * a + 0.58 * b + off)
-            halo = dict(path_effects=[withStroke(linewidth=3, foreground="white")], zorder=4)
-            look = dict(ha="center", va="center", fontsize=9, color=shade[i, j])
-            ax.text(x, y, f"{weight[i, j]:.2g}", **look, **halo)
+            off = bend[i, j] * np.array([b[1] - a[1], a[0] - b[0]])
+            on = lambda u, a=a, b=b, off=off: (1 - u) * a + u * b + 2 * u * (1 - u) * off
+            taken.append(max(map(on, (0.55, 0.45, 0.65, 0.35)), key=free))
+            look = dict(ha="center", va="center", fontsize=9, color=shade[i, j], zorder=4)
+            place = ax.transData.inverted().transform(taken[-1])
+            ax.text(*place, f"{weight[i, j]:.2g}", path_effects=halo, **look)
     if truth is not None:
         ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0), ncol=2, frameon=False, fontsize=9)
     return ax
