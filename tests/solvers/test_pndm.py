@@ -12,6 +12,7 @@ from diffkit.core.denoiser import MixtureDenoiser, cfg, count_evals
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, time_grid
 from diffkit.core.sampling import DDIM, exact_flow, rms, sample
 from diffkit.solvers.pndm import PLMS, PNDM, ClassicalAB, PseudoRK, ab_coefficients, transfer
+from resampled import resampled
 
 P = Discrete()
 BED = MixtureDenoiser(four_gaussians(), P)
@@ -181,12 +182,8 @@ def test_used_twice_and_reindexed(solver):
     grid = time_grid(P, 9, end=0.01)
     a, b = (run(solver, grid) for _ in range(2))
     assert torch.equal(a, b)  # nothing of the first trajectory is left
-    idx, one, y = torch.tensor([3, 3, 0]), solver.begin(P, grid), X
-    for i in range(9):
-        if i == 2:  # in the middle of the warm-up, too
-            one.reindex(idx)
-            y = y[idx]
-        y = one.step(lambda x, t: BED(x, t), y, grid[i].item(), grid[i + 1].item())
+    idx = torch.tensor([3, 3, 0])
+    y = resampled(solver, BED, X, grid, 2, idx)  # in the middle of the warm-up, too
     torch.testing.assert_close(y, a[idx], rtol=0, atol=1e-12)
 
 
