@@ -669,16 +669,21 @@ def lined_up(
 ) -> list[dict]:  # the same, with a row a sample wherever one of them has it
     """What one branch has a row a sample of may be a number ({"label": 10}) or one row (a
     negative prompt) in another: it becomes such rows."""
-    flat = [tree.tree_flatten_with_path(c) for c in conds]
     own = lambda v, m: isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == m
-    like = {k: v for leaves, _ in flat for k, v in leaves if own(v, n)}
 
-    def rows(k, v):
-        if own(v, 1):
+    def rows(v, others):  # v, and what stands in its place in every branch
+        if isinstance(v, dict):
+            inside = [o for o in others if isinstance(o, dict)]
+            return {k: rows(u, [o[k] for o in inside if k in o]) for k, u in v.items()}
+        if type(v) in (list, tuple):
+            inside = [o for o in others if type(o) is type(v) and len(o) == len(v)]
+            return type(v)(rows(u, [o[i] for o in inside]) for i, u in enumerate(v))
+        if own(v, 1) and n > 1:
             return v.expand(n, *v.shape[1:])
-        return torch.full_like(like[k], v) if k in like and isinstance(v, int | float) else v
+        like = [o for o in others if own(o, n)] if isinstance(v, int | float) else ()
+        return torch.full_like(like[0], v) if like else v
 
-    return [tree.tree_unflatten([rows(k, v) for k, v in leaves], s) for leaves, s in flat]
+    return [rows(c, conds) for c in conds]
 
 
 def check_scale(
