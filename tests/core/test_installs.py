@@ -86,7 +86,11 @@ def copy_of_the_project(folder):  # what an install reads, so that nothing is bu
 
 def without_the_checkout(code, cwd, *path):  # in a process that finds the package by `path` only
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    first = f"import sys\nsys.path[1:1] = {[str(p) for p in path]}\nsys.meta_path = [\n"
+    first = f"import os, sys\nsys.path[1:1] = {[str(p) for p in path]}\nsys.path[:] = [\n"
+    first += (
+        f"    p for p in sys.path if not p or os.path.realpath(p) != {str(root().resolve())!r}]\n"
+    )
+    first += "sys.meta_path = [\n"
     first += "    f for f in sys.meta_path if 'editable' not in str(f)]\n"
     call = [sys.executable, "-c", first + code]
     return subprocess.run(call, cwd=cwd, env=env, capture_output=True, text=True)
