@@ -91,11 +91,10 @@ def replicate_verdicts(
     address: str = None,  # of an existing cluster, e.g. tcp://head:8786
 ):
     "Run notebooks on other seeds, keep the verdicts, and print which change."
-    from diffkit.core.lab import VERDICTS, claims, find, workers
+    from diffkit.core.lab import VERDICTS, claims, find
     from diffkit.core.records import replicate, replicated
 
-    with workers(backend, jobs, address):
-        records = replicate(slugs or None, sets=sets, jobs=jobs)
+    records = replicate(slugs or None, sets=sets, jobs=jobs, backend=backend, address=address)
     firm = same = 0
     for stem in records:
         path = find(stem)

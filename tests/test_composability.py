@@ -2,7 +2,7 @@
 evaluations.
 
 Methods are found by themselves: every `Solver` subclass and every function that takes `denoiser`
-first and returns a `Denoiser` in any exported module of the core, of `solvers` and of `guidance`
+first and returns a `Denoiser` in any exported module of the core and of the chapters on diffusion
 enters by being there. A class or function that needs more than its defaults says so in
 `ARGUMENTS`; what cannot be built fails the test and says what to add."""
 
@@ -23,25 +23,48 @@ from diffkit.core.metrics import energy_distance
 from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
 from diffkit.guidance.minority import mixture_classifier
 from diffkit.guidance.svdd import PosteriorMean
+from diffkit.models.pfgmpp import FieldDenoiser
 from diffkit.solvers.t_stitch import stitch
 
 MODULES = [
     importlib.import_module(m)
     for m in index["syms"]
-    if m.split(".")[1] in ("core", "solvers", "guidance")
+    if m.split(".")[1] in ("core", "models", "solvers", "guidance", "distill")
     and not m.endswith(("adapters", "show", "lab", "zoo", "training"))
 ]
 # two components a class, so that the conditional flow bends, too
 MIX = GaussianMixture(ring(6).means, scales=0.25, labels=[0, 0, 1, 1, 2, 2])
-PROCESSES = {
-    c.__name__: c()
-    for c in vars(P).values()
-    if isinstance(c, type) and issubclass(c, P.Process) and c is not P.Process
-}
+WIDE = GaussianMixture(MIX.means, scales=0.4, labels=MIX.labels)
+# what a process without defaults gets, by name: one that wraps another, and its noise
+WRAPPED = {"base": P.EDM(), "dof": 8.0}
+
+
+def _processes():
+    for m in MODULES:
+        for name, c in vars(m).items():
+            found = isinstance(c, type) and issubclass(c, P.Process) and c.__module__ == m.__name__
+            if not found or c is P.Process or name in TOKENS:
+                continue
+            needs = inspect.signature(c).parameters.values()
+            needs = [p.name for p in needs if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
+            if missing := [k for k in needs if k not in WRAPPED]:
+                raise TypeError(f"{m.__name__}.{name} needs {missing}: add them to WRAPPED")
+            yield name, c(**{k: WRAPPED[k] for k in needs})
+
+
+ERRORS = ("InjectError",)  # their noise is no part of the process's law
+TOKENS = ("MaskedProcess",)  # no states in a vector space: its own tests hold (notebook 300)
+PROCESSES = dict(_processes())
+
+
+def exact(mixture, process):
+    if process.gaussian:
+        return MixtureDenoiser(mixture, process)
+    return FieldDenoiser(mixture, process, nodes=16)
 
 
 def bad(process):
-    return MixtureDenoiser(GaussianMixture(MIX.means, scales=0.4, labels=MIX.labels), process)
+    return exact(WIDE, process)
 
 
 def log_prob(process):
@@ -56,7 +79,7 @@ def log_prob(process):
 @contextmanager
 def widened(module):  # a model that is worse inside the block, as one with damaged attention is
     leaf = next(m for m in module.modules() if hasattr(m, "mixture"))
-    good, leaf.mixture = leaf.mixture, GaussianMixture(MIX.means, scales=0.4, labels=MIX.labels)
+    good, leaf.mixture = leaf.mixture, WIDE
     try:
         yield
     finally:
@@ -79,7 +102,7 @@ ARGUMENTS = {
     "plan": lambda p, steps: lambda n: ["cfg"] * n,
     "beta": lambda p, steps: 1.2,
     "reward": lambda p, steps: lambda x: 0.3 * x[:, 0],
-    "stitched": lambda p, steps: stitch([bad(p), MixtureDenoiser(MIX, p)], 0.5),
+    "stitched": lambda p, steps: stitch([bad(p), exact(MIX, p)], 0.5),
 }
 # a threshold below 1 has an error of its own, however many the steps
 GIVEN = {"adaptive": {"threshold": 1.0}}
@@ -167,7 +190,7 @@ def _guidances():
 
 
 def model(guidance, process, dtype=torch.float64):
-    d = MixtureDenoiser(MIX, process)
+    d = exact(MIX, process)
     return (
         d
         if guidance is None
@@ -224,8 +247,10 @@ def test_the_search_finds_what_is_known():
         "minority",
         "anneal",
         "tilt",
+        "clip_x0",
     } <= {p.values[0].__name__ for p in guidances() if p.values[0]}
-    assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow"} <= set(PROCESSES)
+    assert {"VP", "Cosine", "Discrete", "VE", "EDM", "Flow", "HeavyTailed"} <= set(PROCESSES)
+    assert [k for k, p in PROCESSES.items() if not p.gaussian] == ["HeavyTailed"]
 
 
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
@@ -247,6 +272,14 @@ def test_every_combination(solver, options, guidance, process):
             progress=False,
         )
 
+    if not process.gaussian:
+        try:
+            few = run(7)
+        except ValueError as e:
+            assert "Gaussian" in str(e)
+            return
+        # what draws Gaussian noise on its way is wrong here, and must not get this far
+        assert solver.__name__ in ERRORS or torch.equal(few, run(7, seed=1))
     few, many, single = run(7), run(32), run(7, torch.float32)
     for y in (few, many, single):
         assert torch.isfinite(y).all()
@@ -326,7 +359,7 @@ def test_a_grid_may_end_at_exactly_zero_and_be_short(solver, options, process):
     x = X * process.sigma(0.9)
     for steps in (12, 2, 1):
         grid = P.time_grid(process, steps, "uniform", 0.9, 0.0)
-        s, d = solver(**fill(solver, process, options)), MixtureDenoiser(MIX, process)
+        s, d = solver(**fill(solver, process, options)), exact(MIX, process)
         with count_evals(d) as n, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the order that is lowered
             try:
@@ -340,6 +373,8 @@ def test_a_grid_may_end_at_exactly_zero_and_be_short(solver, options, process):
                     progress=False,
                 )
             except ValueError as e:
+                if not process.gaussian and "Gaussian" in str(e):  # said when noise is drawn
+                    continue
                 assert n.calls == 0 and any(
                     w in str(e) for w in ("cannot end", "at least", "end above 0", "infinite")
                 ), e

@@ -883,7 +883,10 @@ class DagFit:
 
     def to_networkx(self):
         "A `networkx.DiGraph` with the labels as nodes and `weight` on the edges."
-        import networkx as nx
+        try:
+            import networkx as nx
+        except ImportError as e:
+            raise ImportError("to_networkx needs networkx: pip install 'diffkit[causal]'") from e
 
         _, names = self._one()
         G = nx.DiGraph()

@@ -23,7 +23,7 @@ from .sampling import DDIM, MultistepSolver, Solver
 try:
     from diffusers.configuration_utils import ConfigMixin
     from diffusers.schedulers.scheduling_utils import SchedulerMixin
-except ImportError:  # the other adapters work without diffusers
+except (ImportError, AttributeError, RuntimeError):  # none, or one that this torch cannot load
 
     class ConfigMixin: ...
 

@@ -537,6 +537,26 @@ class NetDenoiser(Denoiser):
             ),
         )
 
+    def _dropped(self, cond, rate, n, where, generator):  # the null condition in some rows
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            raise ValueError(f"null_rate must lie in [0, 1), got {rate!r}")
+        if not (names := [k for k in cond if k in self.null]):
+            raise ValueError(
+                f"null_rate={rate} replaces conditions by null={self.null}, but the loss got"
+                f" {', '.join(cond) or 'no condition'}"
+            )
+        own = full_rows({k: cond[k] for k in names}, n)
+        own, null = lined_up([own, {k: self.null[k] for k in names}], n)
+        drop = torch.rand(n, generator=generator, device=where) < rate
+
+        def mix(v, u):
+            if not isinstance(v, torch.Tensor) or not isinstance(u, torch.Tensor):
+                raise TypeError(f"null_rate mixes rows of {names}: null={self.null} has none")
+            rows = drop.to(v.device).reshape(n, *[1] * (v.ndim - 1))
+            return torch.where(rows, u.to(v), v)
+
+        return cond | tree.tree_map(mix, own, null)
+
     def loss(
         self,
         x0: torch.Tensor,  # (B, ...) clean data
@@ -545,6 +565,8 @@ class NetDenoiser(Denoiser):
         weight: Callable | None = None,  # log_snr (B,) -> weight (B,)
         generator: torch.Generator | None = None,
         eps: torch.Tensor | None = None,  # the noise itself
+        # share of rows whose conditions are replaced by `null`, for classifier-free guidance
+        null_rate: float = 0.0,
         **cond,  # conditions for the network
     ) -> torch.Tensor:  # scalar
         "Denoising loss: weighted mean squared error of the network's own output."
@@ -554,6 +576,8 @@ class NetDenoiser(Denoiser):
             self.process,
             x0.device if generator is None else generator.device,
         )
+        if null_rate != 0.0:
+            cond = self._dropped(cond, null_rate, B, where, generator)
         if t is None:
             u = (
                 torch.arange(B, device=where) + torch.rand(B, generator=generator, device=where)
@@ -608,7 +632,13 @@ class MixtureDenoiser(Denoiser):
         process: Process | None = None,  # default: VP()
     ):
         super().__init__()
-        self.mixture, self.process = mixture, process or VP()
+        process = process or VP()
+        if not process.gaussian:
+            raise ValueError(
+                f"process must have Gaussian noise, got {process!r}: its exact denoiser is"
+                " diffkit.models.pfgmpp.FieldDenoiser(mixture, process)"
+            )
+        self.mixture, self.process = mixture, process
 
     def _apply(
         self,
@@ -799,8 +829,9 @@ class Guided(Denoiser):
     def branch(
         self, x: torch.Tensor, t, *conds: dict, batched: bool | None = None
     ) -> list[Prediction]:
-        """Evaluate the inner denoiser once for each condition: one call on a concatenated batch
-        where all conditions are tensors a sample, else one call each."""
+        """Evaluate the inner denoiser once for each condition: one call on a larger batch, the
+        branches of a sample side by side, where all conditions are tensors a sample, else one
+        call each."""
         B, n, conds = len(x), len(conds), lined_up(conds, len(x))
         flat, specs = zip(*map(tree.tree_flatten, conds))
         shape = lambda v: v.shape[1:] if isinstance(v, torch.Tensor) and v.ndim else None
@@ -816,12 +847,13 @@ class Guided(Denoiser):
         )
         if not one:
             return [self.inner(x, t, **c) for c in conds]
+        # side by side: a network with blocks of rows of its own (`Stacked`) keeps its blocks
         many = self.inner(
-            x.repeat(n, *[1] * (x.ndim - 1)),
-            t.repeat(n) if isinstance(t, torch.Tensor) and t.ndim else t,
-            **tree.tree_unflatten([torch.cat(v) for v in zip(*flat)], specs[0]),
+            x.repeat_interleave(n, 0),
+            t.repeat_interleave(n, 0) if isinstance(t, torch.Tensor) and t.ndim else t,
+            **tree.tree_unflatten([torch.stack(v, 1).flatten(0, 1) for v in zip(*flat)], specs[0]),
         )
-        return [many.map(lambda a, i=i: a[i * B : (i + 1) * B]) for i in range(n)]
+        return [many.map(lambda a, i=i: a[i::n]) for i in range(n)]
 
 # %% ../../nbs/core/001_denoiser.ipynb #4d029398
 class CFG(Guided):
@@ -868,7 +900,7 @@ class Contrast(Guided):
                 f"both denoisers must have one process, got {denoiser.process!r} and"
                 f" {bad.process!r}"
             )
-        self.bad = bad
+        self.bad, self.stochastic = bad, denoiser.stochastic or bad.stochastic
 
     def forward(self, x, t, **cond):
         good = self.inner(x, t, **cond)

@@ -127,8 +127,10 @@ def sliced_wasserstein(
     seed: int = 0,
 ) -> float:  # number of random directions, and their seed
     "Sliced 2-Wasserstein distance, by POT."
-    import ot
-
+    try:
+        import ot
+    except ImportError as e:
+        raise ImportError("sliced_wasserstein needs POT: pip install 'diffkit[metrics]'") from e
     x, y = _two(x, y)
     return float(
         ot.sliced_wasserstein_distance(x.numpy(), y.numpy(), n_projections=projections, seed=seed)

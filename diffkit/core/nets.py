@@ -5,14 +5,17 @@ diffusion transformer."""
 
 # %% auto #0
 __all__ = ['FourierEmbedding', 'Conditioning', 'zero', 'MLPBlock', 'MLP', 'SelfAttention',
-           'ResBlock', 'AttentionBlock', 'Stage', 'UNet', 'DiTBlock', 'DiT']
+           'ResBlock', 'AttentionBlock', 'Stage', 'UNet', 'DiTBlock', 'DiT', 'Stacked']
 
 # %% ../../nbs/core/004_nets.ipynb #2c89547b
+import copy
 import math
 from collections.abc import Sequence
 import torch
 from torch import nn
 import torch.nn.functional as F
+
+from .process import readable
 
 # %% ../../nbs/core/004_nets.ipynb #15e615b0
 class FourierEmbedding(nn.Module):
@@ -93,10 +96,8 @@ class Conditioning(nn.Module):
             raise ValueError(
                 f"label has shape {tuple(label.shape)}; with a batch of {B} it must be () or ({B},)"
             )
-        # looking at the values would make an accelerator wait, so only a processor does
         if (
-            label.device.type == "cpu"
-            and not torch.compiler.is_compiling()
+            readable(label)
             and label.numel()
             and not 0 <= int(label.min()) <= int(label.max()) <= self.classes
         ):
@@ -453,3 +454,53 @@ class DiT(nn.Module):
         return F.fold(
             self.head(self.norm(h) * (1 + scale) + shift).transpose(1, 2), (H, W), p, stride=p
         )
+
+# %% ../../nbs/core/004_nets.ipynb #3d6dab61
+class Stacked(nn.Module):
+    """Networks of one shape side by side: of n, the first n-th of the rows of every input goes to
+    the first, and so on."""
+
+    def __init__(
+        self,
+        nets: Sequence[nn.Module],  # of one class and one shape; their weights are copied
+    ):
+        super().__init__()
+        nets = list(nets)
+        if not nets:
+            raise ValueError("nets must hold at least one network, got none")
+        shapes = [{k: tuple(v.shape) for k, v in net.state_dict().items()} for net in nets]
+        for i, found in enumerate(shapes):
+            if type(nets[i]) is not type(nets[0]) or found != shapes[0]:
+                raise ValueError(f"nets must have one class and shape, but nets[{i}] has another")
+        params, buffers = torch.func.stack_module_state(nets)
+        self.n, self.base = len(nets), (copy.deepcopy(nets[0]),)  # a tuple: not a submodule
+        self.names, self.fixed = list(params), list(buffers)
+        self.weights = nn.ParameterList(nn.Parameter(v.detach()) for v in params.values())
+        for i, v in enumerate(buffers.values()):
+            self.register_buffer(f"buffer_{i}", v)
+
+    def _state(self):
+        buffers = {k: getattr(self, f"buffer_{i}") for i, k in enumerate(self.fixed)}
+        return dict(zip(self.names, self.weights)) | buffers
+
+    def forward(self, *inputs, **cond):  # tensors with rows are divided, other things are shared
+        rows = len(inputs[0])
+        if rows % self.n:
+            raise ValueError(f"rows must divide by the {self.n} networks, got {rows}")
+        divided = lambda v: isinstance(v, torch.Tensor) and v.ndim > 0 and len(v) == rows
+        cut = lambda v: v.reshape(self.n, -1, *v.shape[1:]) if divided(v) else v
+        axes = lambda nest: torch.utils._pytree.tree_map(lambda v: 0 if divided(v) else None, nest)
+        one = lambda s, a, k: torch.func.functional_call(self.base[0].train(self.training), s, a, k)
+        state = self._state()
+        dims = ({k: 0 for k in state}, axes(inputs), axes(cond))
+        args = (state, *torch.utils._pytree.tree_map(cut, (inputs, cond)))
+        return torch.func.vmap(one, dims, randomness="different")(*args).flatten(0, 1)
+
+    def split(self) -> list[nn.Module]:
+        "Each network by itself, with the weights of now."
+        out = []
+        for i in range(self.n):
+            net = copy.deepcopy(self.base[0])
+            net.load_state_dict({k: v[i] for k, v in self._state().items()}, strict=False)
+            out.append(net.to(self.weights[0].device))
+        return out

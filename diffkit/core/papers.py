@@ -30,14 +30,14 @@ def paper(
     key: str,  # number ("302"), slug ("apg") or arXiv id ("2410.02416")
 ) -> dict:  # its record
     "The record of one paper; an unknown key raises `ValueError` with the nearest names."
-    key = str(key).strip()
+    asked, key = key, str(key).strip().lower()
     for p in papers():
         if key in (p["number"], p["slug"]) or key and key == p["arxiv"]:
             return p
     known = [p["slug"] for p in papers()]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(known)}"
-    raise ValueError(f"key must be the number, slug or arXiv id of a paper, got {key!r}; {hint}")
+    raise ValueError(f"key must be the number, slug or arXiv id of a paper, got {asked!r}; {hint}")
 
 # %% ../../nbs/core/012_papers.ipynb #0c120009
 CONFERENCES = "ICLR|NeurIPS|ICML|CVPR|ECCV|ICCV|AAAI|KDD|FAccT|ICDE|ACM"

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 # %% auto #0
-__all__ = ['SPACINGS', 'expand', 'widest', 'check_time', 'Process', 'VP', 'Cosine', 'Discrete',
-           'VE', 'EDM', 'Flow', 'check_grid', 'time_grid']
+__all__ = ['SPACINGS', 'expand', 'widest', 'readable', 'check_time', 'Process', 'VP', 'Cosine',
+           'Discrete', 'VE', 'EDM', 'Flow', 'check_grid', 'time_grid']
 
 # %% ../../nbs/core/000_process.ipynb #1e892b35
 def expand(
@@ -29,13 +29,19 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+def readable(v: torch.Tensor) -> bool:
+    """Whether the values of a tensor may be looked at: on an accelerator that would stall it,
+    and `compile` and `vmap` forbid it."""
+    known = not torch.compiler.is_compiling() and not torch._C._functorch.is_batchedtensor(v)
+    return v.device.type == "cpu" and known
+
+
 def check_time(
     t: torch.Tensor | float,  # time(s)
     name: str = "t",  # the argument's name in the message
 ) -> None:
-    """Raise `ValueError` unless every time lies in [0, 1] (tensors on an accelerator are not
-    looked at: that would stall it)."""
-    if isinstance(t, torch.Tensor) and t.device.type != "cpu":
+    "Raise `ValueError` unless every time lies in [0, 1], as far as they are `readable`."
+    if isinstance(t, torch.Tensor) and not readable(t):
         return
     low, high = (t.min().item(), t.max().item()) if isinstance(t, torch.Tensor) else (t, t)
     if not (low >= 0 and high <= 1):

@@ -18,8 +18,9 @@ import warnings
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
-from .lab import find, notebooks, root, run_one, write_atomic
+from .lab import find, notebooks, root, run_one, workers, write_atomic
 
 # %% auto #0
 __all__ = ['closure', 'notebook_code', 'code_key', 'read_record', 'replicate', 'replicated',
@@ -107,18 +108,70 @@ def _bare(
             lines[first : doc.end_lineno] = [before] + [""] * (doc.end_lineno - doc.lineno)
     return "\n".join(x.rstrip() for x in lines if x.strip())
 
+# %% ../../nbs/core/013_records.ipynb #0c130b01
+class _Part(NamedTuple):  # a statement of a module
+    defines: frozenset[str]  # names; none: it acts by being run
+    uses: frozenset[str]  # names and words
+    text: str
+
+
+def _words(node: ast.AST) -> set[str]:  # every name, and every text of one word
+    out = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str):
+            out |= set(re.findall(r"^[\w.-]+$", n.value))
+        elif isinstance(n, ast.alias):
+            out |= set(n.name.split("."))
+        else:
+            out |= {getattr(n, "id", ""), getattr(n, "attr", "")}
+    return out
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return {a.asname or a.name.split(".")[0] for a in node.names}
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+    plain = isinstance(node, (ast.Assign, ast.AnnAssign))
+    parts = [e for t in targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+    return {e.id for e in parts} if plain and all(isinstance(e, ast.Name) for e in parts) else set()
+
 
 @functools.lru_cache
-def _bare_file(path: Path, stamp: int) -> bytes:  # of a module; the stamp is its age
-    return _bare(path.read_text(encoding="utf-8")).encode()
+def _parts(path: Path, stamp: int) -> tuple[_Part, ...]:  # of a module; the stamp is its age
+    source = path.read_text(encoding="utf-8")
+    lines, out = source.split("\n"), []
+    for node in ast.parse(source).body:
+        first = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])])
+        text = _bare("\n".join(lines[first - 1 : node.end_lineno]))
+        out.append(_Part(frozenset(_defined(node)), frozenset(_words(node)), text))
+    return tuple(out)
 
 
-def _data(path: Path, files: list[Path]) -> list[bytes]:  # what the modules of a closure read
+def _reached(source: str, files: list[Path]) -> tuple[list[str], set[str]]:
+    """The statements of the files that a source can reach by names, whatever they stand for in
+    it, and all words on the way."""
+    parts = {p: _parts(p, p.stat().st_mtime_ns) for p in files}
+    rest = [(p.name, part) for p in files for part in parts[p] if p.name != "_modidx.py"]
+    words, found = _words(ast.parse(source)), []
+    for module in re.findall(r"from (diffkit\.\S+) import \*", source):
+        words = words.union(*(part.defines for part in parts.get(_file(module), ())))
+    while True:
+        new = [r for r in rest if not r[1].defines or r[1].defines & words]
+        if not new:
+            return sorted(f"{name}\n{part.text}" for name, part in found), words
+        rest = [r for r in rest if r not in new]
+        found += new
+        words = words.union(*(part.uses for _, part in new))
+
+
+def _data(path: Path, files: list[Path], words: set[str]) -> list[bytes]:  # what is read
     names, place = {p.name for p in files}, _package() / "data"
     out, listed = [], place / "papers.json"
-    if names & {"zoo.py", "data.py", "dag.py"}:
-        found = sorted(p for p in place.rglob("*") if p.is_file() and p != listed)
-        out += [p.name.encode() + p.read_bytes() for p in found]
+    for p in sorted(p for p in place.rglob("*") if p.is_file() and p != listed):
+        if {p.name, p.stem, p.parent.name} & words - {"data", "zoo"}:
+            out.append(p.name.encode() + p.read_bytes())
     if "papers.py" in names and listed.is_file():  # a paper's page shows its own record only
         every = json.loads(listed.read_text(encoding="utf-8"))
         own = [p for p in every if path.stem == f"{p['number']}_{p['slug']}"]
@@ -129,15 +182,14 @@ def _data(path: Path, files: list[Path]) -> list[bytes]:  # what the modules of 
 def code_key(
     path: Path,  # a notebook, or a Python file
 ) -> str:  # 16 hexadecimal digits
-    "A name for what a result depends on: the code, the modules and data in its closure."
+    "A name for what a result depends on: the code, and what it reaches of modules and data."
     path = Path(path)
     source = path.read_text(encoding="utf-8") if path.suffix == ".py" else notebook_code(path)
     h, files = hashlib.sha256(_bare(source).encode()), closure(source)
     if path.suffix == ".ipynb" and "core.records" not in source:
         files = [p for p in files if p.name != "records.py"]  # it keeps results and makes none
-    for p in files:
-        h.update(p.name.encode() + _bare_file(p, p.stat().st_mtime_ns))
-    for part in _data(path, files):
+    texts, words = _reached(source, files)
+    for part in [*(t.encode() for t in texts), *_data(path, files, words)]:
         h.update(part)
     return h.hexdigest()[:16]
 
@@ -170,12 +222,12 @@ def replicate(
     sets: int = 3,  # sets of seeds, none of them the published one
     jobs: int = 2,  # notebooks at once
     progress: bool = True,  # show a bar
+    backend: str = "loky",  # "dask" or "ray": on a cluster, see `lab.workers`
+    address: str | None = None,  # of an existing cluster
 ) -> dict[str, dict]:  # notebook -> its record
     "Run notebooks on other sets of seeds, and keep their verdicts in `records/replication`."
     if sets < 1:
         raise ValueError(f"sets must be at least 1, got {sets}")
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
     from joblib import Parallel, delayed
     from tqdm.auto import tqdm
 
@@ -190,21 +242,22 @@ def replicate(
             if done.get("code") != keys[p]:
                 todo.append((p, s))
     work = (delayed(lambda p, s: (p, s, run_one(p, seed_set=s)))(p, s) for p, s in todo)
-    many = Parallel(n_jobs=jobs, return_as="generator_unordered")
-    for p, s, row in tqdm(many(work), total=len(todo), disable=not progress, desc="replicate"):
-        if not row["claims"]:  # interrupted, or broken from the start: to be run again
-            said = f"{p.stem}, set {s}: no verdict, {row['failed']} failed cells; not kept"
-            warnings.warn(said, stacklevel=2)
-            continue
-        record = records[p] or {"notebook": p.stem, "sets": {}}
-        record["sets"][str(s)] = {
-            "code": keys[p],
-            "seconds": row["seconds"],
-            "failed cells": row["failed"],
-            "verdicts": {c["says"]: [c["verdict"], c["measured"]] for c in row["claims"]},
-        }
-        records[p] = record
-        _write_record("replication", p, record)
+    with workers(backend, jobs, address):
+        many = Parallel(n_jobs=jobs, return_as="generator_unordered")
+        for p, s, row in tqdm(many(work), total=len(todo), disable=not progress, desc="replicate"):
+            if not row["claims"]:  # interrupted, or broken from the start: to be run again
+                said = f"{p.stem}, set {s}: no verdict, {row['failed']} failed cells; not kept"
+                warnings.warn(said, stacklevel=2)
+                continue
+            record = records[p] or {"notebook": p.stem, "sets": {}}
+            record["sets"][str(s)] = {
+                "code": keys[p],
+                "seconds": row["seconds"],
+                "failed cells": row["failed"],
+                "verdicts": {c["says"]: [c["verdict"], c["measured"]] for c in row["claims"]},
+            }
+            records[p] = record
+            _write_record("replication", p, record)
     return {p.stem: records[p] for p in paths}
 
 

@@ -141,15 +141,19 @@ class Solver:
     def reindex(self, idx: torch.Tensor) -> None:
         "Follow a resampling of the batch: keep the rows `idx` of all state."
 
+    def check_noise(self) -> None:
+        "Raise where this solver would draw noise of another law than the process has."
+        if getattr(self, "noise", None) is None and not self.process.gaussian:
+            raise ValueError(
+                f"{type(self).__name__} adds Gaussian noise, which {self.process!r} does not have"
+            )
+
     def draw(self, x: torch.Tensor, i: int) -> torch.Tensor:
         """The unit noise of step i: given by `noise=` where a result must be reproducible, else
         drawn."""
         if getattr(self, "noise", None) is not None:
             return self.noise[i].to(x)
-        if not self.process.gaussian:
-            raise ValueError(
-                f"{type(self).__name__} adds Gaussian noise, which {self.process!r} does not have"
-            )
+        self.check_noise()
         g = self.generator
         if isinstance(g, list | tuple):  # one a sample: it does not depend on its batch
             if len(g) != len(x):
@@ -260,6 +264,8 @@ class MultistepSolver(Solver):
                     f" t={self.times[i + 1]:.4g} of {process!r} (log_snr {table.lam[i]:.4g} to"
                     f" {table.lam[i + 1]:.4g}): start below 1 or end above 0"
                 )
+        if any(r.c for r in self.rows):
+            self.check_noise()
 
     def _firsts(self, lam, n):  # the steps that `lower_order_final` makes first order
         if self.lower_order_final not in (True, False, "auto"):

@@ -5,7 +5,7 @@ on many accelerators."""
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'save_tensors', 'load_tensors', 'pack', 'unpack', 'random_state',
-           'set_random_state', 'Run', 'fit']
+           'set_random_state', 'Run', 'fit', 'save_model', 'load_model']
 
 # %% ../../nbs/core/005_training.ipynb #bcf63bae
 import contextlib
@@ -715,7 +715,11 @@ def _first(ask, model, batch):  # ask(batch), with the reason said where it fail
 
 def _made_of(model, opts, feed):
     "What a run that goes on must share with the run that it goes on from, in words."
-    out = {"data": feed.told, "optimizers": [type(o).__name__ for o in opts]}
+    return {"data": feed.told, "optimizers": [type(o).__name__ for o in opts]} | _meaning(model)
+
+
+def _meaning(model):  # what its weights are for
+    out = {}
     for name, m in model.named_modules():
         if isinstance(getattr(m, "process", None), Process):
             for k in ("process", "predicts", "sigma_data"):
@@ -1119,3 +1123,31 @@ def _fit(
         model.zero_grad(set_to_none=True)
     run.seconds += time.perf_counter() - clock
     return run
+
+# %% ../../nbs/core/005_training.ipynb #0c050b02
+def save_model(
+    path: str | Path,  # file to write; an existing one is replaced in one instant
+    model: nn.Module,  # e.g. run.ema
+    about: dict | None = None,  # whatever JSON can hold, for yourself: `load_tensors(path)[1]`
+) -> None:
+    "Write a model's weights, and what they mean: process, prediction type, shapes."
+    tensors = {k: v for k, v in model.state_dict().items() if isinstance(v, torch.Tensor)}
+    save_tensors(path, tensors, {"model": _meaning(model), "about": about or {}})
+
+
+def load_model(
+    path: str | Path,  # a file written by save_model
+    model: nn.Module,  # of the same kind; its weights are replaced
+) -> nn.Module:  # the same, in eval mode
+    "Load weights into a model, unless they are another model's: then nothing is changed."
+    tensors, said = load_tensors(path)
+    if "model" not in said:
+        raise ValueError(f"{path} was not written by save_model: it does not say what model it is")
+    was, here = said["model"], _meaning(model)
+    rows = [(k, was.get(k, "none"), here.get(k, "none")) for k in {**was, **here}]
+    wrong = [f"{k} is {a} there and {b} here" for k, a, b in rows if a != b]
+    if wrong := wrong + _misfits(tensors, model):
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(f"{path} holds another model: {'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(tensors, strict=False)  # what is no tensor stays
+    return model.eval()

@@ -6,6 +6,7 @@ guide away from it: no condition, no training, one more evaluation."""
 # %% ../../nbs/guidance/303_pag.ipynb #b70e82e7
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 import weakref
@@ -303,13 +304,17 @@ def _hooked(module, names, mode, strength):
 
         return hook
 
-    handles = []
+    handles, fast = [], torch.backends.mha.get_fastpath_enabled()
     try:
+        # in older torch a fused encoder layer goes past the hooks of its attention
+        if fast and "hooks" not in inspect.getsource(nn.TransformerEncoderLayer.forward):
+            torch.backends.mha.set_fastpath_enabled(False)
         for k in names:
             m = module.get_submodule(k)
             handles.append(m.register_forward_hook(hook_of(k, _reader(m)), with_kwargs=True))
         yield reached
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for h in handles:
             h.remove()
 

@@ -69,6 +69,10 @@ class GHVB(MultistepSolver):
         _check(order, beta)
         self.order, self.beta = order, beta
 
+    @property
+    def reuses(self):  # also at order 1: the velocity remembers
+        return self.order > 1 or self.beta < 1
+
     @classmethod
     def named(
         cls,
@@ -124,6 +128,10 @@ class HeavyBall(MultistepSolver):
             )
         self.solver, self.beta, self.nesterov = solver, beta, nesterov
         self.order, self.kind = solver.order, solver.kind
+
+    @property
+    def reuses(self):  # also around a solver of order 1: the velocity remembers
+        return self.solver.reuses or self.beta < 1
 
     def start(self, process, grid, generator=None):
         self.v = None

@@ -410,6 +410,8 @@ def test_times_and_signs_by_class():
         ("WanTransformer3DModel", 250.0, 1),
         ("QwenImageTransformer2DModel", 0.25, 1),
     ):
+        if not hasattr(D, name):  # a class that this version of diffusers does not have yet
+            continue
         kind = getattr(D, name)
         model = kind.__new__(kind)
         nn.Module.__init__(model)

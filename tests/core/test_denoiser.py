@@ -335,3 +335,42 @@ def test_networks_that_are_called_otherwise():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         run(dk.NetDenoiser(Inside(), dk.VP()))
+
+
+class Seen(torch.nn.Module):  # keeps the conditions that it was called with
+    def forward(self, x, t, **cond):
+        self.cond = cond
+        return torch.zeros_like(x)
+
+
+def test_null_rate_replaces_whole_rows_of_the_named_conditions():
+    n, none = 4000, torch.full((1, 3, 2), -1.0)
+    d = dk.NetDenoiser(Seen(), dk.VP(), null={"label": 10, "text": none, "more": {"size": 0.0}})
+    cond = dict(
+        label=torch.arange(n) % 10,
+        text=torch.ones(1, 3, 2),
+        more={"size": torch.ones(n, 1)},
+        mask=torch.ones(n),
+    )
+    d.loss(torch.zeros(n, 5), generator=torch.Generator().manual_seed(0), null_rate=0.2, **cond)
+    got = d.net.cond
+    drop = got["label"] == 10
+    assert abs(drop.double().mean() - 0.2) < 4 * (0.16 / n) ** 0.5
+    assert torch.equal(got["label"][~drop], cond["label"][~drop])
+    assert torch.equal(got["text"], torch.where(drop[:, None, None], -1.0, 1.0).expand(n, 3, 2))
+    assert torch.equal(got["more"]["size"], torch.where(drop[:, None], 0.0, 1.0))
+    assert torch.equal(got["mask"], cond["mask"])  # null does not name it
+    d.loss(torch.zeros(n, 5), **cond)
+    assert got is not d.net.cond and torch.equal(d.net.cond["label"], cond["label"])
+
+
+def test_null_rate_that_cannot_be_is_named():
+    d, x, y = dk.NetDenoiser(Seen(), dk.VP(), null={"label": 3}), torch.zeros(2, 1), torch.ones(2)
+    for rate in (1.0, -0.1, "a", True):
+        with pytest.raises(ValueError, match="null_rate must lie"):
+            d.loss(x, label=y, null_rate=rate)
+    with pytest.raises(ValueError, match="got no condition"):
+        d.loss(x, null_rate=0.1)
+    d.null = {"label": None}
+    with pytest.raises(TypeError, match="null={'label': None} has none"):
+        d.loss(x, label=y, null_rate=0.1)

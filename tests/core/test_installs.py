@@ -62,6 +62,24 @@ def test_what_needs_diffusers_names_it():
     assert "ImportError" in got.stderr and "pip install diffusers" in got.stderr
 
 
+@pytest.mark.parametrize(
+    "code,how",
+    [
+        (
+            "dk.sliced_wasserstein(torch.ones(2, 1), torch.ones(2, 1))",
+            "POT: pip install 'diffkit[metrics]'",
+        ),
+        (
+            "dk.DagFit(torch.ones(2, 2).triu(1)).to_networkx()",
+            "networkx: pip install 'diffkit[causal]'",
+        ),
+    ],
+)
+def test_what_needs_an_extra_names_it(code, how):
+    got = run("import torch\n" + code)
+    assert "ImportError" in got.stderr and how in got.stderr, got.stderr[-800:]
+
+
 def test_training_again_leaves_what_is_shipped_alone(tmp_path):
     from diffkit.core import zoo
 

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from diffkit.core.nets import MLP, DiT, SelfAttention, UNet
+from diffkit.core.denoiser import NetDenoiser, cfg
+from diffkit.core.nets import MLP, DiT, SelfAttention, Stacked, UNet
+from diffkit.core.process import VP
 from torch import nn
 
 
@@ -187,3 +189,30 @@ def test_dit_without_positions_sees_a_set_of_patches(positions):
 def test_bad_configurations_are_refused(make):
     with pytest.raises(ValueError):
         make()
+
+
+# ------------------------------------------------------------------ networks side by side
+def test_stacked_networks_take_labels_and_times_and_guidance():
+    "Whatever a network does by itself it does in its block of rows, under guidance too."
+    nets = [shaken(MLP(2, hidden=16, classes=3), s) for s in range(3)]
+    g = torch.Generator().manual_seed(0)
+    x, label = torch.randn(12, 2, generator=g), torch.arange(12) % 3
+    t = torch.rand(12, generator=g)
+    null = {"label": 3}
+    make = lambda net: cfg(NetDenoiser(net, VP(), "v", null=null), 2.5)
+    side = make(Stacked(nets))(x, t, label=label).x0
+    alone = torch.cat(
+        [
+            make(n)(*(v[4 * i : 4 * i + 4] for v in (x, t)), label=label[4 * i : 4 * i + 4]).x0
+            for i, n in enumerate(nets)
+        ]
+    )
+    torch.testing.assert_close(side, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_times_are_looked_at_only_where_that_is_allowed():
+    "A schedule can be asked inside `vmap`; outside a time beyond [0, 1] is refused."
+    t = torch.linspace(0, 1, 6).reshape(2, 3)
+    torch.testing.assert_close(torch.func.vmap(VP().alpha)(t), VP().alpha(t))
+    with pytest.raises(ValueError, match="must lie in"):
+        VP().alpha(t + 0.1)

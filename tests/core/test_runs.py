@@ -118,3 +118,36 @@ def test_what_a_run_found_is_read_from_the_solver():
     d = dk.stitch([MODEL, MODEL], 0.5)
     ends(dk.DDIM(), X, d)
     assert d.outcome.calls == [4, 4]
+
+
+class Drawing(dk.MixtureDenoiser):  # a model that draws noise of its own
+    stochastic = True
+
+
+def test_what_draws_is_refused_by_what_remembers():
+    "A guidance by a model that draws draws; momentum remembers at order 1, too."
+    mix = dk.GaussianMixture(torch.zeros(1, 2), scales=0.5)
+    good, bad = dk.MixtureDenoiser(mix, dk.VP()), Drawing(mix, dk.VP())
+    x, grid = torch.randn(4, 2), dk.time_grid(dk.VP(), 4)
+    for d in (bad, dk.contrast(good, bad, 1.0), dk.contrast(bad, good, 1.0)):
+        for solver in (dk.GHVB(1, 0.5), dk.HeavyBall(dk.DDIM(), 0.5)):
+            with pytest.raises(ValueError, match="combines several"):
+                dk.sample(d, solver, x, grid, progress=False)
+        for solver in (dk.GHVB(1, 1.0), dk.HeavyBall(dk.DDIM(), 1.0), dk.DDIM()):
+            dk.sample(d, solver, x, grid, progress=False)
+
+
+@pytest.mark.parametrize("solver", [dk.Ancestral(), dk.EulerMaruyama(), dk.DDIM(eta=0.5)], ids=repr)
+def test_noise_of_another_law_is_refused_before_any_evaluation(solver):
+    "PFGM++'s noise is Student's: a solver that adds Gaussian noise does not begin."
+    process = dk.HeavyTailed(dk.VP(), 8)
+    mix = dk.GaussianMixture(torch.zeros(1, 2), scales=0.5)
+    d = dk.Counter(dk.FieldDenoiser(mix, process))
+    x, grid = torch.randn(4, 2), dk.time_grid(process, 4)
+    with pytest.raises(ValueError, match="Gaussian"):
+        dk.sample(d, solver, x, grid, progress=False)
+    assert d.calls == 0
+    dk.sample(d, dk.DDIM(), x, grid, progress=False)
+    assert d.calls == 4
+    with pytest.raises(ValueError, match="FieldDenoiser"):  # the exact denoiser is another one
+        dk.MixtureDenoiser(mix, process)

@@ -1,6 +1,8 @@
 """The shipped models: they load, their cards are true, bad files are refused."""
 
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -129,3 +131,34 @@ def test_training_is_reproducible_and_writes_weights_and_card(tmp_path):
         and all(torch.equal(v, tb[k]) for k, v in ta.items())
     )
     assert zoo.card("ring-mlp", folder=tmp_path / "a") == a and set(a) == set(zoo.card("ring-mlp"))
+
+
+def test_a_chapter_adds_recipes_of_its_own(tmp_path, monkeypatch):
+    class Line(zoo.Recipe):
+        fixed = ("test_loss",)
+
+        def points(self):
+            x = torch.linspace(-1, 1, 64)[:, None]
+            return x, 2 * x
+
+        def loss(self, model, batch):
+            return (model(batch[0]) - batch[1]).square().mean()
+
+        def measure(self, model, n, steps, seed, folder):
+            return {"test_loss": self.loss(model, self.points()).item()}
+
+    kind = dict(in_features=1, out_features=1)
+    module = types.ModuleType("diffkit.models.zoo")
+    module.RECIPES = {"line": Line("A line.", "64 points", torch.nn.Linear, kind, 300, 64, 0.05)}
+    monkeypatch.setattr(zoo, "find_spec", lambda name: name == module.__name__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    assert zoo.available()[-1] == "line"
+    c = zoo.train("line", folder=tmp_path, progress=False, full=0)
+    line = zoo.load("line", folder=tmp_path)
+    assert abs(line.weight.item() - 2) < 0.01 and not line.training
+    assert c["quality"]["before rounding to float16"]["test_loss"] < 1e-4
+    assert c["process"] is None and c["null"] is None and c == zoo.card("line", folder=tmp_path)
+    with pytest.raises(ValueError, match="line is no denoiser"):
+        zoo.load("line", VP(), folder=tmp_path)
+    with pytest.raises(ValueError, match="did you mean 'line'"):
+        zoo.load("lime")

@@ -76,7 +76,10 @@ def norm(n):  # of the latents
 @pytest.fixture(scope="module", params=[wan, qwen, pixart], ids=lambda f: f.__name__)
 def family(request):
     torch.manual_seed(0)
-    pipe, call, name = request.param()
+    try:
+        pipe, call, name = request.param()
+    except (AttributeError, RuntimeError) as e:
+        pytest.skip(f"this diffusers has no such pipeline: {e}")
     pipe.set_progress_bar_config(disable=True)
     return pipe, call, {name: SCALE}
 
@@ -92,7 +95,7 @@ class Normed(CFG):  # Qwen's own: guided as far as the norm of the conditional o
 def test_cfg_is_the_pipelines_own(family):
     pipe, call, scale = family
     own = latents(pipe, call, **scale)
-    make = Normed if isinstance(pipe, df.QwenImagePipeline) else cfg
+    make = Normed if "true_cfg_scale" in scale else cfg
     assert_close(guided(pipe, call, lambda d: make(d, SCALE), **scale), own, **TOL)
     # whatever the pipeline's own scale
     (name,) = scale
@@ -130,7 +133,7 @@ def test_one_step_runs_do_not_see_each_other(family):
     pipe, call, scale = family
     if isinstance(pipe, df.PixArtAlphaPipeline):
         pytest.skip("its pipeline takes one step of an LCM scheduler only")
-    make = Normed if isinstance(pipe, df.QwenImagePipeline) else cfg
+    make = Normed if "true_cfg_scale" in scale else cfg
     other = {**call, "prompt_embeds": call["prompt_embeds"] + 1}
     run = lambda c: pipe(
         **c, num_inference_steps=1, output_type="latent", generator=seed(), **scale
@@ -181,7 +184,9 @@ def test_an_image_token_sees_of_the_image_only_itself(kind):
 
 def test_layers_of_one_stream_are_named():
     flux = random_pipeline("flux")[0].transformer
-    with pytest.raises(ValueError, match=r"single_transformer_blocks\.0\.attn \(FluxAttention\)"):
+    with pytest.raises(
+        ValueError, match=r"single_transformer_blocks\.0\.attn \((Flux)?Attention\)"
+    ):
         pag_layers(flux, "single_transformer_blocks")
 
 

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 diffusers = pytest.importorskip("diffusers")
 STEPS, SCALE = 8, 5.0
 # float32 through eight steps at scale 5: their schedule is in float32, ours in float64
-TOL = dict(rtol=1e-4, atol=2e-5)
+TOL = dict(rtol=1e-4, atol=5e-5)  # single precision, times guidance scales up to 5
 
 
 @pytest.fixture(scope="module")
