@@ -20,8 +20,8 @@ from .data import GaussianMixture
 from .process import VP, Process, check_time, expand, widest
 
 # %% auto #0
-__all__ = ['KINDS', 'Prediction', 'combine', 'map_rows', 'full_rows', 'Denoiser', 'Compiled',
-           'as_denoiser', 'Counter', 'count_evals', 'NetDenoiser', 'MixtureDenoiser',
+__all__ = ['KINDS', 'Prediction', 'combine', 'map_rows', 'full_rows', 'Denoiser', 'Wrapped',
+           'Compiled', 'as_denoiser', 'Counter', 'count_evals', 'NetDenoiser', 'MixtureDenoiser',
            'EmpiricalDenoiser', 'guide', 'lined_up', 'check_scale', 'check_interval', 'Guided',
            'CFG', 'cfg', 'Contrast', 'contrast', 'ClassifierGuidance', 'classifier_guidance']
 
@@ -329,17 +329,27 @@ class Denoiser(nn.Module):
                 child.reindex(idx)
 
 # %% ../../nbs/core/001_denoiser.ipynb #0b463670
-class Compiled(Denoiser):
+class Wrapped(Denoiser):
+    "Base of a denoiser around one other: its process, its null condition, its chance."
+
+    def __init__(
+        self,
+        denoiser: nn.Module,  # what it is put around; in `forward` it is `inner`
+    ):
+        super().__init__()
+        self.inner = inner = as_denoiser(denoiser)
+        self.process, self.null, self.stochastic = inner.process, inner.null, inner.stochastic
+
+
+class Compiled(Wrapped):
     "A denoiser behind `torch.compile`; each run that remembers something is compiled as it was."
 
     def __init__(
         self,
         module: nn.Module,  # what `torch.compile(denoiser)` returned
     ):
-        super().__init__()
-        self.inner, self.__dict__["module"] = module._orig_mod, module
-        self.process, self.null = self.inner.process, self.inner.null
-        self.stochastic = self.inner.stochastic
+        super().__init__(module._orig_mod)
+        self.__dict__["module"] = module
 
     def begin(self, grid=None):
         run = self.inner.begin(grid)
@@ -371,18 +381,12 @@ def as_denoiser(
     )
 
 
-class Counter(Denoiser):
+class Counter(Wrapped):
     """Count the calls of a denoiser and the rows that went through it: NFE per sample = rows /
     batch."""
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.inner, self.process, self.null, self.stochastic = (
-            denoiser,
-            denoiser.process,
-            denoiser.null,
-            denoiser.stochastic,
-        )
+        super().__init__(denoiser)
         self.counts = {}  # shared by its runs
         self.reset()
 

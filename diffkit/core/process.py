@@ -13,7 +13,7 @@ import torch
 
 # %% auto #0
 __all__ = ['SPACINGS', 'expand', 'widest', 'readable', 'check_time', 'Process', 'VP', 'Cosine',
-           'Discrete', 'VE', 'EDM', 'Flow', 'check_grid', 'time_grid']
+           'Discrete', 'VE', 'EDM', 'Flow', 'Around', 'check_grid', 'time_grid']
 
 # %% ../../nbs/core/000_process.ipynb #1e892b35
 def expand(
@@ -59,6 +59,7 @@ class Process:
     t_min: float = 1e-3  # the smallest safe time: where a grid ends unless told otherwise
     t_max: float = 1.0  # the largest time at which log_snr is finite
     n_train: int | None = None  # number of training steps of a discrete schedule
+    noise_std: float = 1.0  # standard deviation of a coordinate of the unit noise
 
     def _alpha(self, t):
         raise NotImplementedError
@@ -412,6 +413,43 @@ class Flow(Process):
 
     def _time(self, log_snr):
         return torch.sigmoid(-log_snr)
+
+
+class Around(Process):
+    """A process around another one: same schedule, same times, same noise. A subclass changes
+    one of them."""
+
+    gaussian = property(lambda self: self.base.gaussian)
+    t_min = property(lambda self: self.base.t_min)
+    t_max = property(lambda self: self.base.t_max)
+    n_train = property(lambda self: self.base.n_train)
+    noise_std = property(lambda self: self.base.noise_std)
+
+    def __init__(
+        self,
+        base: Process,  # what it is put around
+    ):
+        if not isinstance(base, Process):
+            raise TypeError(f"base must be a Process, e.g. VP(), got {type(base).__name__}")
+        self.base = base
+
+    def _alpha(self, t):
+        return self.base._alpha(t)
+
+    def _var(self, t):
+        return self.base._var(t)
+
+    def _time(self, log_snr):
+        return self.base._time(log_snr)
+
+    def sde(self, t):
+        return self.base.sde(t)
+
+    def net_time(self, t):
+        return self.base.net_time(t)
+
+    def sample_noise(self, shape, t=None, generator=None, device=None, dtype=None):
+        return self.base.sample_noise(shape, t, generator, device, dtype)
 
 # %% ../../nbs/core/000_process.ipynb #f26d6f28
 def check_grid(

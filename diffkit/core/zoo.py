@@ -20,7 +20,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 from .data import digits, ring, two_moons
-from .denoiser import Denoiser, MixtureDenoiser, NetDenoiser, Prediction, cfg
+from .denoiser import Denoiser, MixtureDenoiser, NetDenoiser, Prediction, Wrapped, cfg
 from .nets import MLP, UNet
 from .process import VP, Process, expand, time_grid
 from .training import Run, fit, load_tensors, save_tensors
@@ -63,22 +63,17 @@ class DigitsClassifier(nn.Module):
         return self.head(self.drop(self.features(x)))
 
 # %% ../../nbs/core/007_zoo.ipynb #8bf83de6
-class Moved(Denoiser):
+class Moved(Wrapped):
     "A denoiser trained under one process, used under another of the same signal-to-noise ratios."
 
     def __init__(self, denoiser: Denoiser, process: Process):
-        super().__init__()
+        super().__init__(denoiser)
         if not (process.gaussian and denoiser.process.gaussian):
             raise ValueError(
                 f"only Gaussian processes can be exchanged, got {denoiser.process!r} and"
                 f" {process!r}"
             )
-        self.inner, self.process, self.null, self.stochastic = (
-            denoiser,
-            process,
-            denoiser.null,
-            denoiser.stochastic,
-        )
+        self.process = process
 
     def forward(self, x, t, **cond):
         # a ratio near the ends must not be rounded twice

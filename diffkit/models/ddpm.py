@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..core.denoiser import Denoiser, NetDenoiser, Prediction, as_denoiser, count_evals
+from ..core.denoiser import Denoiser, NetDenoiser, Prediction, Wrapped, count_evals
 from ..core.process import Process, check_grid, widest
 from ..core.sampling import Ancestral, Solver, sample, trace
 
@@ -168,16 +168,14 @@ def ddpm_loss(
     return denoiser.loss(x0, t, eps=eps, generator=generator, null_rate=rate, **cond)
 
 # %% ../../nbs/models/102_ddpm.ipynb #8538eab5
-class Clipped(Denoiser):
+class Clipped(Wrapped):
     "A denoiser whose x0 stays in a range; its noise follows. Made by `clip_x0`."
 
     def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0):
-        super().__init__()
-        denoiser = as_denoiser(denoiser)
+        super().__init__(denoiser)
         if not low < high:
             raise ValueError(f"low must be below high, got low={low!r}, high={high!r}")
-        self.inner, self.process, self.low, self.high = denoiser, denoiser.process, low, high
-        self.null, self.stochastic = denoiser.null, denoiser.stochastic
+        self.low, self.high = low, high
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)

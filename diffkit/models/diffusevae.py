@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ..core.data import GaussianMixture
-from ..core.denoiser import Denoiser, NetDenoiser, Prediction, as_denoiser
-from ..core.process import Process, check_grid, check_time, widest
+from ..core.denoiser import Denoiser, NetDenoiser, Prediction, Wrapped, as_denoiser
+from ..core.process import Around, Process, check_grid, check_time, widest
 from ..core.sampling import Solver, sample
 from .ddpm import VAE, LatentSpace, ddpm_loss
 
@@ -132,44 +132,20 @@ def _same_shape(guess, x):
         )
 
 # %% ../../nbs/models/104_diffusevae.ipynb #cadf0850
-class ShiftedProcess(Process):
+class ShiftedProcess(Around):
     """A process moved by a guess, eq. (6) of the notebook: `noise` and `prior` draw x = y + shift.
     Its coefficients are those of y, in which solvers walk: see `centred`. Source: arXiv
     2201.00308, formulation 2."""
-
-    gaussian = property(lambda self: self.base.gaussian)
-    t_min = property(lambda self: self.base.t_min)
-    t_max = property(lambda self: self.base.t_max)
-    n_train = property(lambda self: self.base.n_train)
 
     def __init__(
         self,
         base: Process,  # the process of y
         shift: torch.Tensor | float = 0.0,  # a number, or (B, ...) the guesses; 0 is the base
     ):
-        if not isinstance(base, Process):
-            raise TypeError(f"base must be a Process, e.g. VP(), got {type(base).__name__}")
+        super().__init__(base)
         if not isinstance(shift, torch.Tensor | float | int) or isinstance(shift, bool):
             raise TypeError(f"shift must be a tensor or a number, got {type(shift).__name__}")
-        self.base, self.shift = base, shift
-
-    def _alpha(self, t):
-        return self.base._alpha(t)
-
-    def _var(self, t):
-        return self.base._var(t)
-
-    def _time(self, log_snr):
-        return self.base._time(log_snr)
-
-    def sde(self, t):
-        return self.base.sde(t)
-
-    def net_time(self, t):
-        return self.base.net_time(t)
-
-    def sample_noise(self, shape, t=None, generator=None, device=None, dtype=None):
-        return self.base.sample_noise(shape, t, generator, device, dtype)
+        self.shift = shift
 
     def _moved(self, y):
         if not isinstance(self.shift, torch.Tensor):
@@ -205,16 +181,14 @@ class ShiftedProcess(Process):
         return f"ShiftedProcess(base={self.base!r}, shift={said})"
 
 
-class Centred(Denoiser):
+class Centred(Wrapped):
     "A denoiser of y = x - shift around one whose network sees x. Made by `centred`."
 
     def __init__(self, denoiser: Denoiser):
-        super().__init__()
-        self.inner = denoiser = as_denoiser(denoiser)
-        self.process, self.shift = denoiser.process, None
+        super().__init__(denoiser)
+        self.shift = None
         if isinstance(self.process, ShiftedProcess):
             self.process, self.shift = self.process.base, self.process.shift
-        self.null, self.stochastic = denoiser.null, denoiser.stochastic
 
     def forward(self, x, t, **cond):
         shift = cond.get("guess") if self.shift is None else self.shift

@@ -14,7 +14,7 @@ import torch
 
 from ..core.data import GaussianMixture
 from ..core.denoiser import Denoiser, Prediction
-from ..core.process import Process, check_time, expand, widest
+from ..core.process import Around, Process, check_time, expand, widest
 from ..core.sampling import Solver
 
 # %% auto #0
@@ -146,14 +146,11 @@ def inferred_sigma(
     return (w * sigma**2 + (1 - w) * distance.square() / N).sqrt()
 
 # %% ../../nbs/models/103_pfgmpp.ipynb #147a91d8
-class HeavyTailed(Process):
+class HeavyTailed(Around):
     """A process with Student's noise instead of Gaussian: PFGM++ around any diffusion. Source:
     arXiv 2302.04265, sections 3 and 4."""
 
     gaussian = property(lambda self: math.isinf(self.dof))
-    t_min = property(lambda self: self.base.t_min)
-    t_max = property(lambda self: self.base.t_max)
-    n_train = property(lambda self: self.base.n_train)
 
     def __init__(
         self,
@@ -161,23 +158,10 @@ class HeavyTailed(Process):
         # D, degrees of freedom: below the data's dimension robust, above it rigid; inf is the base
         dof: float,
     ):
-        if not isinstance(base, Process):
-            raise TypeError(f"base must be a Process, e.g. EDM(), got {type(base).__name__}")
+        super().__init__(base)
         if not base.gaussian:
             raise ValueError(f"base must have a Gaussian kernel, which {base!r} does not have")
-        self.base, self.dof = base, _check_dof(dof, "dof")
-
-    def _alpha(self, t):
-        return self.base._alpha(t)
-
-    def _var(self, t):
-        return self.base._var(t)
-
-    def _time(self, log_snr):
-        return self.base._time(log_snr)
-
-    def net_time(self, t):
-        return self.base.net_time(t)
+        self.dof = _check_dof(dof, "dof")
 
     @property
     def noise_std(self) -> float:
@@ -216,7 +200,7 @@ def training_times(
     "Noise levels to train at, log-normal. Source: Karras et al. 2022, table 1."
     if not std > 0 or n < 1:
         raise ValueError(f"std and n must be positive, got std={std!r}, n={n!r}")
-    if math.isinf(getattr(process, "noise_std", 1.0)):
+    if math.isinf(process.noise_std):
         warnings.warn(
             f"the noise of {process!r} has infinite variance: a network sees inputs without bound;"
             " take dof > 2",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..core.denoiser import Denoiser, Prediction, as_denoiser
+from ..core.denoiser import Denoiser, Prediction, Wrapped
 from ..core.process import Process, expand
 from ..core.sampling import MultistepSolver, Node, Row, Solver
 
@@ -210,20 +210,17 @@ class DPMSingle(Solver):
         return single_step(denoise, x, t, s, self.process, self.order, self.form, self.r)
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #54abe2b8
-class Threshold(Denoiser):
+class Threshold(Wrapped):
     """Dynamic thresholding of the data prediction. Source: Saharia et al. 2022, section 2.3;
     arXiv 2211.01095, section 4.2."""
 
     def __init__(self, denoiser: Denoiser, ratio: float = 0.995, max_val: float = 1.0):
-        super().__init__()
-        denoiser = as_denoiser(denoiser)
+        super().__init__(denoiser)
         if not 0 < ratio <= 1:
             raise ValueError(f"ratio must lie in (0, 1], got {ratio}")
         if not max_val > 0:
             raise ValueError(f"max_val must be positive, got {max_val}")
-        self.inner, self.ratio, self.max_val = denoiser, ratio, max_val
-        self.process, self.null = denoiser.process, denoiser.null
-        self.stochastic = denoiser.stochastic
+        self.ratio, self.max_val = ratio, max_val
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)

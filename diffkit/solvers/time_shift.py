@@ -10,7 +10,7 @@ import warnings
 
 import torch
 
-from ..core.denoiser import Denoiser, Prediction, as_denoiser
+from ..core.denoiser import Denoiser, Prediction, Wrapped
 from ..core.process import VP, Process, check_time, expand, widest
 from ..core.sampling import DDIM, Solver, trace
 
@@ -46,7 +46,7 @@ def variance_profile(
     return s.square() + a.square() * v0, torch.stack(seen)
 
 
-class EpsilonScale(Denoiser):
+class EpsilonScale(Wrapped):
     "A denoiser whose noise is divided by 1 + k. Made by `epsilon_scale`."
 
     def __init__(
@@ -54,12 +54,10 @@ class EpsilonScale(Denoiser):
         denoiser: Denoiser,  # the model, guided or not
         k: float = 0.005,  # excess of the predicted noise; a middle one of the published values
     ):
-        super().__init__()
-        denoiser = as_denoiser(denoiser)
+        super().__init__(denoiser)
         if not k > -1:
             raise ValueError(f"k must be above -1, got {k!r}")
-        self.inner, self.process, self.k = denoiser, denoiser.process, k
-        self.null, self.stochastic = denoiser.null, denoiser.stochastic
+        self.k = k
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)

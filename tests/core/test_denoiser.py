@@ -374,3 +374,15 @@ def test_null_rate_that_cannot_be_is_named():
     d.null = {"label": None}
     with pytest.raises(TypeError, match="null={'label': None} has none"):
         d.loss(x, label=y, null_rate=0.1)
+
+
+def test_what_is_put_around_a_denoiser_takes_over_what_it_says_of_itself():
+    class Draws(dk.MixtureDenoiser):
+        stochastic = True
+
+    inner = Draws(dk.ring(), dk.VP())
+    for outer in (dk.Wrapped(inner), dk.clip_x0(inner), dk.threshold(inner), dk.Counter(inner)):
+        assert (outer.process, outer.null, outer.stochastic) == (inner.process, inner.null, True)
+        assert outer.inner is inner
+    with pytest.raises(TypeError, match="NetDenoiser"):
+        dk.Counter(nn.Linear(2, 2))
