@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .process import widest
+
 # %% auto #0
 __all__ = ['GaussianMixture', 'ring', 'grid25', 'four_gaussians', 'two_moons', 'spiral',
            'checkerboard', 'swissroll', 'digits', 'mnist5k', 'mnist1d', 'batches']
@@ -30,7 +32,8 @@ class GaussianMixture:
         weights=None,  # (K,) relative weights; default: equal
         labels=None,  # (K,) integer class of each component, for conditional scores
     ):
-        as64 = lambda a: torch.as_tensor(a, dtype=torch.float64)
+        home = means.device if isinstance(means, torch.Tensor) else "cpu"
+        as64 = lambda a: torch.as_tensor(a, dtype=widest(home), device=home)
         means = as64(means)
         if means.ndim < 2:
             raise ValueError(f"means must have shape (K, *event), got {tuple(means.shape)}")
@@ -63,14 +66,15 @@ class GaussianMixture:
                 )
             # (K, D), or (K, 1) where isotropic
             self.vars = (s if s.ndim == 2 else s.reshape(-1, 1)).square().expand(K, -1)
-        w = torch.ones(K, dtype=torch.float64) if weights is None else as64(weights)
+        w = as64([1.0] * K if weights is None else weights)
         if w.shape != (K,) or not (w >= 0).all() or not w.sum() > 0:
             raise ValueError(
                 f"weights must be {K} non-negative numbers, not all zero, got"
                 f" {w.tolist() if len(w) < 9 else tuple(w.shape)}"
             )
         self.weights = w / w.sum()
-        self.labels = None if labels is None else torch.as_tensor(labels, dtype=torch.long)
+        whole = dict(dtype=torch.long, device=home)
+        self.labels = None if labels is None else torch.as_tensor(labels, **whole)
         if self.labels is not None and self.labels.shape != (K,):
             raise ValueError(f"labels must have shape ({K},), got {tuple(self.labels.shape)}")
 

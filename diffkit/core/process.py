@@ -154,16 +154,13 @@ class Process:
         shape: tuple,  # (B, ...) shape of the noise
         t: torch.Tensor | float | None = None,  # time, for kernels whose law depends on it
         generator: torch.Generator | None = None,  # source of randomness; its device is used
-        device: torch.device | str | None = None,  # defaults to the generator's
+        device: torch.device | str | None = None,  # of the noise; defaults to the generator's
         dtype: torch.dtype | None = None,  # defaults to torch's
     ) -> torch.Tensor:
         "Unit noise of the kernel; `noise`, `prior` and every loss draw from here."
-        return torch.randn(
-            shape,
-            generator=generator,
-            dtype=dtype,
-            device=device or (generator.device if generator else None),
-        )
+        # drawn where the generator is: one seed gives one result on every device
+        where = generator.device if generator else device
+        return torch.randn(shape, generator=generator, dtype=dtype, device=where).to(device)
 
     def noise(
         self,

@@ -138,7 +138,8 @@ class MaskedDenoiser(Denoiser):
         """Bound of the negative log likelihood of a sequence: m'(t) / m(t) times the
         cross-entropy of what is masked, at a random time."""
         if t is None:
-            u = torch.rand(len(x0), generator=generator, device=x0.device)
+            where = generator.device if generator else x0.device
+            u = torch.rand(len(x0), generator=generator, device=where).to(x0.device)
             t = (torch.arange(len(x0), device=x0.device) + u) / len(x0)
         x = self.process.noise(x0, t.clamp(min=1e-3), generator=generator)
         logp = self(x, t, **cond).probs.clamp(min=1e-30).log().gather(-1, x0[..., None])[..., 0]
@@ -196,6 +197,8 @@ class Unmask(Solver):
         p, m = denoise(x, t), self.process
         m_t, m_s = m.masked(t), m.masked(s)
         go = ((m_t - m_s) / m_t).to(x.device)
-        u = torch.rand(x.shape, generator=self.generator, device=x.device, dtype=widest(x.device))
+        where = self.generator.device if self.generator else x.device
+        u = torch.rand(x.shape, generator=self.generator, device=where, dtype=widest(x.device))
+        u = u.to(x.device)
         reveal = (x == m.mask) & (u < (go[:, None] if go.ndim else go))
         return torch.where(reveal, p.draw(self.generator), x)

@@ -287,11 +287,12 @@ def optimise(
                 stacklevel=2,
             )
         model = make_denoiser(x, (y - mean) / std)
-        start = model.process.prior((batch, *x.shape[1:]), generator, dtype=x.dtype)
+        where = next((p.device for p in model.parameters()), x.device)  # training may have moved it
+        start = model.process.prior((batch, *x.shape[1:]), generator, where, x.dtype)
         grid = time_grid(model.process, steps)
-        value = torch.full((batch,), z, dtype=x.dtype, device=x.device)
+        value = torch.full((batch,), z, dtype=x.dtype, device=where)
         run = dict(cond={"value": value}, generator=generator, progress=False)
-        new = sample(model, solver or Heun(), start.to(x.device), grid, **run)
+        new = sample(model, solver or Heun(), start, grid, **run).to(x)
         asked.append(a)
         x, y = torch.cat([x, new]), torch.cat([y, _measured(objective, new).to(y)])
         of = torch.cat([of, torch.full((batch,), r)])

@@ -171,13 +171,14 @@ class HeavyTailed(Around):
 
     def sample_noise(self, shape, t=None, generator=None, device=None, dtype=None):
         "Unit Student noise by (4): one chi-square number a sample, on the device."
-        z = self.base.sample_noise(shape, t, generator, device, dtype)
+        # drawn where the generator is, as every noise
+        z = self.base.sample_noise(shape, t, generator, None if generator else device, dtype)
         if self.gaussian:
-            return z
+            return z.to(device)
         half = torch.full(shape[:1], self.dof / 2, dtype=widest(z.device), device=z.device)
         u = 2 * torch._standard_gamma(half, generator)  # torch.distributions takes no generator
         u = u.clamp(min=torch.finfo(u.dtype).tiny)  # a dof far below 1 underflows
-        return (z * expand((self.dof / u).sqrt(), z)).to(z.dtype)
+        return (z * expand((self.dof / u).sqrt(), z)).to(device, z.dtype)
 
     def sde(self, t):
         "Only at dof = inf: no SDE with Gaussian increments has these marginals."
