@@ -97,7 +97,7 @@ class Prediction:
         if name not in self._cache:
             c = expand(getattr(self.process, name)(self.t), self.x)
             if c.ndim:
-                c = c.to(self.x.dtype)
+                c = c.to(self.x.device, self.x.dtype)
             elif not isinstance(self.t, torch.Tensor) and not c.requires_grad:
                 c = c.item()  # a number where one time holds for all samples
             self._cache[name] = c
@@ -656,7 +656,7 @@ class MixtureDenoiser(Denoiser):
         check_time(t)
         # the schedule in float64, whatever x is: the exact denoiser must not carry a rounded noise
         # level
-        t64 = t.to(widest(t.device)) if isinstance(t, torch.Tensor) else t
+        t64 = t.to(x.device, widest(x.device)) if isinstance(t, torch.Tensor) else t
         x0 = self.mixture.denoise(x, self.process.alpha(t64), self.process.sigma(t64), label)
         return Prediction.of(x, t, self.process, x0=x0)
 

@@ -93,7 +93,9 @@ class CategoricalPrediction:
     def draw(self, generator: torch.Generator | None = None) -> torch.Tensor:  # (B, L)
         "All tokens at once, each from its own distribution: right for one token at a time only."
         p = self.probs.reshape(-1, self.process.vocab)
-        return torch.multinomial(p, 1, generator=generator)[:, 0].reshape(self.x.shape)
+        where = generator.device if generator else p.device
+        token = torch.multinomial(p.to(where), 1, generator=generator)[:, 0]
+        return token.to(p.device).reshape(self.x.shape)
 
     def mode(self) -> torch.Tensor:  # (B, L)
         "The most probable token at each position."

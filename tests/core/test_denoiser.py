@@ -386,3 +386,13 @@ def test_what_is_put_around_a_denoiser_takes_over_what_it_says_of_itself():
         assert outer.inner is inner
     with pytest.raises(TypeError, match="NetDenoiser"):
         dk.Counter(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("process", [dk.VP(), dk.HeavyTailed(dk.EDM(), 32.0)])
+def test_noise_is_drawn_where_the_generator_is(process):
+    g = torch.Generator().manual_seed(0)  # on the processor, whatever the noise is for
+    out = process.sample_noise((4, 2), 0.5, g, "meta", torch.float32)
+    assert (out.device.type, out.dtype, tuple(out.shape)) == ("meta", torch.float32, (4, 2))
+    again = [torch.Generator().manual_seed(1) for _ in range(2)]
+    one, two = process.sample_noise((4, 2), generator=again[0]), process.prior((4, 2), again[1])
+    assert torch.allclose(two, process.sigma(1.0).to(one.dtype) * one)
