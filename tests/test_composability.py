@@ -43,7 +43,7 @@ def _processes():
     for m in MODULES:
         for name, c in vars(m).items():
             found = isinstance(c, type) and issubclass(c, P.Process) and c.__module__ == m.__name__
-            if not found or c is P.Process or name in TOKENS:
+            if not found or c in (P.Process, P.Around) or name in TOKENS:
                 continue
             needs = inspect.signature(c).parameters.values()
             needs = [p.name for p in needs if p.default is p.empty and p.kind is not p.VAR_KEYWORD]
