@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.data import GaussianMixture
-from ..core.denoiser import Denoiser, MixtureDenoiser, Prediction, as_denoiser
+from ..core.denoiser import Denoiser, MixtureDenoiser, Prediction, Wrapped, as_denoiser
 from ..core.process import Process, check_grid, check_time, expand, widest
 from ..core.sampling import Solver, sample
 
@@ -46,7 +46,7 @@ class SmoothedMixtureDenoiser(MixtureDenoiser):
         check_time(t)
         m = self.mixture
         # the schedule in float64, as in MixtureDenoiser
-        t64 = t.to(widest(t.device)) if isinstance(t, torch.Tensor) else t
+        t64 = t.to(x.device, widest(x.device)) if isinstance(t, torch.Tensor) else t
         a, s = self.process.alpha(t64), self.process.sigma(t64)
         blurred = copy.copy(m)
         blurred.vars = m.vars + self.width**2
@@ -137,15 +137,12 @@ def hallucination_score(
     return _mean(x.var(0, correction=0))
 
 # %% ../../nbs/models/112_hallucination.ipynb #aab1ebe6
-class Watched(Denoiser):
+class Watched(Wrapped):
     """A denoiser that keeps a running variance of its predictions of x_0, eq. (5) of the notebook.
     Made by `watch`."""
 
     def __init__(self, denoiser: Denoiser, window: float | tuple[float, float] = 0.14):
-        super().__init__()
-        denoiser = as_denoiser(denoiser)
-        self.inner, self.process, self.null = denoiser, denoiser.process, denoiser.null
-        self.stochastic = denoiser.stochastic
+        super().__init__(denoiser)
         self.window, self.limits, self.open = window, _limits(window), False
 
     def start(self, grid=None):
