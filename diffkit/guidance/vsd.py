@@ -20,7 +20,7 @@ from ..core.process import Process, expand
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'score_distill_grad', 'distill_loss', 'ParticleDenoiser', 'LowRank', 'lora',
-           'LearnedScore', 'ImageScene', 'VoxelScene', 'distill']
+           'LearnedScore', 'ImageScene', 'VoxelScene', 'score_distill']
 
 # %% ../../nbs/guidance/309_vsd.ipynb #b072fd19
 WEIGHTS = {
@@ -393,7 +393,7 @@ def _own_score(prior, method, q, n, group, generator):  # whether q is exact; el
     return exact, q
 
 # %% ../../nbs/guidance/309_vsd.ipynb #7f5e223e
-def distill(
+def score_distill(
     prior: Denoiser,  # the image model, guidance included: cfg(model, 7.5)
     # (n, ...) scenes; or a module whose parameters are optimised in place
     particles: torch.Tensor | nn.Module,

@@ -17,7 +17,7 @@ from diffkit.guidance.vsd import (
     LearnedScore,
     ParticleDenoiser,
     VoxelScene,
-    distill,
+    score_distill,
     distill_loss,
     lora,
     score_distill_grad,
@@ -48,7 +48,7 @@ def net(dtype=torch.float32, dim=2, **k):  # a small conditional network with a 
 
 
 def quiet(prior, z, *a, seed=1, **k):
-    return distill(prior, z, *a, generator=rng(seed), progress=False, **{"steps": 6, **k})
+    return score_distill(prior, z, *a, generator=rng(seed), progress=False, **{"steps": 6, **k})
 
 
 # --- the gradient
