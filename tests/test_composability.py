@@ -20,7 +20,7 @@ from diffkit._modidx import d as index
 from diffkit.core.data import GaussianMixture, ring
 from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
 from diffkit.core.metrics import energy_distance
-from diffkit.core.sampling import DDIM, MultistepSolver, Solver, exact_flow, sample
+from diffkit.core.sampling import DDIM, AroundSolver, MultistepSolver, Solver, exact_flow, sample
 from diffkit.guidance.minority import mixture_classifier
 from diffkit.guidance.svdd import PosteriorMean
 from diffkit.models.pfgmpp import FieldDenoiser
@@ -161,7 +161,7 @@ def _solvers():
                 isinstance(c, type)
                 and issubclass(c, Solver)
                 and c.__module__ == m.__name__
-                and c not in (Solver, MultistepSolver)
+                and c not in (Solver, AroundSolver, MultistepSolver)
                 and not name.startswith("_")
                 and not getattr(c, "discrete", False)
             ):

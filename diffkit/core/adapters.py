@@ -76,10 +76,11 @@ def process_of(
     if _is_flow(scheduler):
         return Flow(), "flow"
     betas = getattr(scheduler, "betas", None)
-    if betas is None:
+    # IPNDM means something else by its betas: standard deviations, on a grid of the run's length
+    if betas is None or type(scheduler).__name__ == "IPNDMScheduler":
         raise ValueError(
-            f"{type(scheduler).__name__} has neither a table of betas nor is it a flow matching"
-            " scheduler; pass process= and predicts="
+            f"{type(scheduler).__name__} has neither DDPM's table of betas nor is it a flow"
+            " matching scheduler; pass process= and predicts="
         )
     kind = _kind(scheduler.config.get("prediction_type", "epsilon"))
     betas = torch.as_tensor(betas, dtype=torch.float64)
@@ -634,6 +635,10 @@ class _Timetable(_Schedule):
         return int((self._fed - float(timestep)).abs().argmin())
 
 # %% ../../nbs/core/010_adapters.ipynb #ef719ee3
+# their configs say clip_sample, their steps do not clip
+_NEVER_CLIP = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "TCDScheduler")
+
+
 class DiffusersScheduler(_Timetable):
     "Any multistep solver of this library as a `diffusers` scheduler."
 
@@ -668,7 +673,8 @@ class DiffusersScheduler(_Timetable):
         self._run, self._step = self.solver.begin(self.process, grid, generator), begin
 
     def _clean(self, new: Prediction) -> Prediction:  # clipped as `like` clips
-        c = {} if self.like is None else self.like.config
+        silent = self.like is None or type(self.like).__name__ in _NEVER_CLIP
+        c = {} if silent else self.like.config
         if c.get("thresholding"):
             x0 = self.like._threshold_sample(new.x0)
         elif c.get("clip_sample"):

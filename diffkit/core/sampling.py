@@ -29,9 +29,9 @@ from diffkit.core.denoiser import (
 from .process import VP, Process, check_grid, expand, time_grid, widest
 
 # %% auto #0
-__all__ = ['Node', 'Row', 'first_order', 'Solver', 'MultistepSolver', 'DDIM', 'Ancestral', 'Euler',
-           'EulerMaruyama', 'Heun', 'State', 'check_run', 'trace', 'BoundDenoiser', 'sample',
-           'exact_flow', 'rms', 'solver_errors', 'observed_order']
+__all__ = ['Node', 'Row', 'first_order', 'Solver', 'AroundSolver', 'MultistepSolver', 'DDIM',
+           'Ancestral', 'Euler', 'EulerMaruyama', 'Heun', 'State', 'check_run', 'trace',
+           'BoundDenoiser', 'sample', 'exact_flow', 'rms', 'solver_errors', 'observed_order']
 
 # %% ../../nbs/core/002_sampling.ipynb #f878a297
 class Node(NamedTuple):
@@ -196,6 +196,40 @@ class Solver:
             if not (k in ("args", "kwargs") and not v)
         )
         return f"{type(self).__name__}({args})"
+
+# %% ../../nbs/core/002_sampling.ipynb #408fa342
+class AroundSolver(Solver):
+    """A solver around another one: same steps, same cost, same memory. A subclass changes one of
+    them."""
+
+    def __init__(
+        self,
+        solver: Solver,  # what it is put around
+    ):
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be a Solver instance, e.g. DDIM(), got {solver!r}")
+        self.solver = solver
+
+    @property
+    def evals_per_step(self):
+        return self.solver.evals_per_step
+
+    @property
+    def reuses(self):
+        return self.solver.reuses
+
+    def evals(self, n_steps):
+        return self.solver.evals(n_steps)
+
+    def start(self, process, grid, generator=None):
+        super().start(process, grid, generator)
+        self.solver = self.solver.begin(process, grid, generator)
+
+    def step(self, denoise, x, t, s):
+        return self.solver.step(denoise, x, t, s)
+
+    def reindex(self, idx):
+        self.solver.reindex(idx)
 
 # %% ../../nbs/core/002_sampling.ipynb #279aa751
 class MultistepSolver(Solver):

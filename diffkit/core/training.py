@@ -5,7 +5,7 @@ on many accelerators."""
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'save_tensors', 'load_tensors', 'pack', 'unpack', 'random_state',
-           'set_random_state', 'Run', 'fit', 'save_model', 'load_model']
+           'set_random_state', 'Run', 'fit', 'descend', 'save_model', 'load_model']
 
 # %% ../../nbs/core/005_training.ipynb #bcf63bae
 import contextlib
@@ -849,6 +849,17 @@ def fit(
     finally:
         set_random_state(before)
         model.train(was_training)
+
+# %% ../../nbs/core/005_training.ipynb #bb41257d
+def descend(
+    optimizer: torch.optim.Optimizer,  # of one player
+    loss: torch.Tensor,  # scalar; what this player wants small
+) -> torch.Tensor:  # the loss, to be recorded
+    "One step of one player down its loss: what `step=` of `fit` is made of."
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss
 
 # %% ../../nbs/core/005_training.ipynb #23d9193a
 def _optimizers(optimizer, model, lr):

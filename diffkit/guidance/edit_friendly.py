@@ -16,9 +16,9 @@ from ..core.denoiser import Denoiser, Prediction, as_denoiser, cfg, full_rows, m
 from ..core.process import Process, check_grid, widest
 from diffkit.core.sampling import (
     DDIM,
+    AroundSolver,
     MultistepSolver,
     Node,
-    Solver,
     check_run,
     first_order,
     sample,
@@ -161,13 +161,13 @@ def invert(
     return Noise(torch.stack(states), torch.stack(z), grid, solver)
 
 # %% ../../nbs/guidance/307_edit_friendly.ipynb #ad82aa11
-class _Replay(Solver):  # a solver with its noise given, and a residual where it adds none
+class _Replay(AroundSolver):  # a solver with its noise given, and a residual where it adds none
     def __init__(self, solver, z):
-        self.solver, self.z = solver, z
+        super().__init__(solver)
+        self.z = z
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
-        self.solver = self.solver.begin(process, grid, generator)
         self.solver.noise = self.z
 
     def step(self, denoise, x, t, s):

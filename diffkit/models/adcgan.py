@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..core.process import readable
-from ..core.training import Run, fit
+from ..core.training import Run, descend, fit
 
 # %% auto #0
 __all__ = ['AuxLoss', 'gan_loss', 'Objective', 'optimal_judge', 'tabular_objective', 'tabular_game',
@@ -391,18 +391,12 @@ def fit_gan(
     adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr, betas=betas, foreach=True)
     opt_d, opt_g = adam(model.judge, lr_d), adam(model.generator, lr_g)
 
-    def turn(opt, loss):
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss
-
     def step(model, batch):
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise TypeError("data must be pairs (x, labels)")
         for x, y in zip(*(v.chunk(critic_steps) for v in batch)):
-            loss = turn(opt_d, model.critic_loss(x, y))
-        return {"critic": loss, "generator": turn(opt_g, model.generator_loss(y))}
+            loss = descend(opt_d, model.critic_loss(x, y))
+        return {"critic": loss, "generator": descend(opt_g, model.generator_loss(y))}
 
     options |= dict(steps=steps, step=step, optimizer=[opt_d, opt_g])
     return fit(model, data=data, batch_size=batch_size * critic_steps, **options)

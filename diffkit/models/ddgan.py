@@ -14,7 +14,7 @@ from ..core.data import GaussianMixture
 from ..core.denoiser import Denoiser, MixtureDenoiser, Prediction
 from ..core.process import VP, Discrete, Process, check_grid, expand, widest
 from ..core.sampling import Ancestral
-from ..core.training import Run, fit
+from ..core.training import Run, descend, fit
 
 # %% auto #0
 __all__ = ['PosteriorSampler', 'ddgan_process', 'Chain', 'LatentDenoiser', 'DDGAN', 'fit_ddgan',
@@ -295,19 +295,13 @@ def fit_ddgan(
     adam = lambda net, lr: torch.optim.Adam(net.parameters(), lr, betas=betas, foreach=True)
     opt_d, opt_g = (adam(*r) for r in rates)
 
-    def turn(opt, loss):
-        opt.zero_grad()
-        loss.backward()
-        opt.step()
-        return loss
-
     def step(model, batch):
         x0, cond = (batch, {}) if isinstance(batch, torch.Tensor) else (batch["x0"], dict(batch))
         cond.pop("x0", None)
         # Adam counts its steps, and a checkpoint keeps the count
         done = next((int(s["step"]) for s in opt_d.state.values()), 0)
-        d = turn(opt_d, model.d_loss(x0, 0.0 if done % lazy else r1, **cond))
-        return {"d": d, "g": turn(opt_g, model.g_loss(x0, **cond))}
+        d = descend(opt_d, model.d_loss(x0, 0.0 if done % lazy else r1, **cond))
+        return {"d": d, "g": descend(opt_g, model.g_loss(x0, **cond))}
 
     return fit(model, data=data, steps=steps, step=step, optimizer=[opt_d, opt_g], **options)
 

@@ -15,14 +15,14 @@ import torch
 from ..core.data import GaussianMixture
 from ..core.denoiser import Denoiser, Prediction
 from ..core.process import Around, Process, check_time, expand, widest
-from ..core.sampling import Solver
+from ..core.sampling import AroundSolver, Solver
 
 # %% auto #0
 __all__ = ['InjectError', 'poisson_field', 'align', 'log_kernel', 'perturb_radius',
            'inferred_sigma', 'HeavyTailed', 'training_times', 'FieldDenoiser']
 
 # %% ../../nbs/models/103_pfgmpp.ipynb #f3c3f382
-class InjectError(Solver):
+class InjectError(AroundSolver):
     """A solver whose state gets noise of amount * sigma before every step: how much error does a
     model forgive? Source: arXiv 2302.04265, section 6 (robustness)."""
 
@@ -32,23 +32,10 @@ class InjectError(Solver):
         amount: float = 0.1,  # standard deviation of the error over that of the noise; a mild one
         noise: torch.Tensor | None = None,  # (steps, B, ...) the draws themselves
     ):
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver must be a Solver instance, e.g. Heun(), got {solver!r}")
+        super().__init__(solver)
         if not amount >= 0:
             raise ValueError(f"amount must not be negative, got {amount!r}")
-        self.solver, self.amount, self.noise = solver, amount, noise
-        self.evals_per_step = solver.evals_per_step
-
-    @property
-    def reuses(self):
-        return self.solver.reuses
-
-    def evals(self, n_steps):
-        return self.solver.evals(n_steps)
-
-    def start(self, process, grid, generator=None):
-        super().start(process, grid, generator)
-        self.solver = self.solver.begin(process, grid, generator)
+        self.amount, self.noise = amount, noise
 
     def step(self, denoise, x, t, s):
         g = self.generator
@@ -60,9 +47,6 @@ class InjectError(Solver):
         self.i += 1
         x = x + self.amount * expand(self.process.sigma(t), x).to(x) * z.to(x)
         return self.solver.step(denoise, x, t, s)
-
-    def reindex(self, idx):
-        self.solver.reindex(idx)
 
 # %% ../../nbs/models/103_pfgmpp.ipynb #3b36bdae
 def _check_dof(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..core.denoiser import Denoiser, Prediction, map_rows
-from ..core.sampling import Solver, sample
+from ..core.sampling import AroundSolver, Solver, sample
 
 # %% auto #0
 __all__ = ['agreement', 'Stitched', 'stitch', 'StitchSolver', 'sweep']
@@ -174,7 +174,7 @@ def stitch(
     return Stitched(models, fractions, by, grid)
 
 # %% ../../nbs/solvers/209_t_stitch.ipynb #c3346889
-class StitchSolver(Solver):
+class StitchSolver(AroundSolver):
     "A solver that uses one model of a stitched denoiser for all stages of a step."
 
     def __init__(
@@ -185,23 +185,13 @@ class StitchSolver(Solver):
         # predictions
         reset_history: bool = False,
     ):
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver must be a Solver, got {solver!r}")
+        super().__init__(solver)
         if not isinstance(stitched, Stitched):
             raise TypeError(f"stitched must come from stitch(...), got {type(stitched).__name__}")
-        self.solver, self.stitched, self.reset_history = solver, stitched, reset_history
-        self.evals_per_step = solver.evals_per_step
-
-    @property
-    def reuses(self):
-        return self.solver.reuses
-
-    def evals(self, n_steps):
-        return self.solver.evals(n_steps)
+        self.stitched, self.reset_history = stitched, reset_history
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
-        self.solver = self.solver.begin(process, grid, generator)
         n = self.stitched.steps(len(self.times) - 1)
         self.model = [k for k, m in enumerate(n) for _ in range(m)]
 
@@ -224,9 +214,6 @@ class StitchSolver(Solver):
 
     def _copy(self, m):
         return isinstance(m, Stitched) and m.origin is self.stitched.origin
-
-    def reindex(self, idx):
-        self.solver.reindex(idx)
 
 
 def sweep(

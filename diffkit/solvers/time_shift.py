@@ -12,7 +12,7 @@ import torch
 
 from ..core.denoiser import Denoiser, Prediction, Wrapped
 from ..core.process import VP, Process, check_time, expand, widest
-from ..core.sampling import DDIM, Solver, trace
+from ..core.sampling import DDIM, AroundSolver, Solver, trace
 
 # %% auto #0
 __all__ = ['variance_profile', 'EpsilonScale', 'epsilon_scale', 'coupled_time', 'TimeShift']
@@ -120,7 +120,7 @@ def coupled_time(
     return out[0, 0] if reduce == "batch" else out[0]
 
 # %% ../../nbs/solvers/206_time_shift.ipynb #7771e65e
-class TimeShift(Solver):
+class TimeShift(AroundSolver):
     """Any solver, with the network told the time that the state's own variance shows. Source:
     arXiv 2305.15583, algorithm 2."""
 
@@ -141,9 +141,7 @@ class TimeShift(Solver):
         # "sample": a time for each; "batch": one for all; None: "sample" from 16 dimensions on
         reduce: str | None = None,
     ):
-        solver = DDIM() if solver is None else solver
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver must be a Solver instance, e.g. DDIM(), got {solver!r}")
+        super().__init__(DDIM() if solver is None else solver)
         if not window >= 0:
             raise ValueError(f"window must not be negative, got {window!r}")
         if cutoff is not None and not 0 <= cutoff <= 1:
@@ -162,22 +160,14 @@ class TimeShift(Solver):
                 "mode='official' looks at the state before a prediction is made: data_var must be a"
                 " number, got 'predicted'"
             )
-        self.solver, self.window, self.cutoff = solver, window, cutoff
+        self.window, self.cutoff = window, cutoff
         self.mode, self.data_var, self.reduce = mode, data_var, reduce
-        self.evals_per_step = solver.evals_per_step
-
-    @property
-    def reuses(self):
-        return self.solver.reuses
 
     @property
     def shifts(self) -> torch.Tensor:  # (steps, B)
         """Shifted minus grid time in every step so far: of the network's time, in mode official
         of the target."""
         return torch.stack(self._shifts)
-
-    def evals(self, n_steps):
-        return self.solver.evals(n_steps)
 
     def start(self, process, grid, generator=None):
         super().start(process, grid, generator)
@@ -193,7 +183,6 @@ class TimeShift(Solver):
                 f" alpha² + sigma² is not 1: give a number or 'predicted', got {self.data_var!r}"
             )
         self.low = float(process.time(VP().log_snr(0.3))) if self.cutoff is None else self.cutoff
-        self.solver = self.solver.begin(process, grid, generator)
         # tau: the time(s) of the state; None where it is the grid's
         self.tau, self._shifts = None, []
 
@@ -245,7 +234,7 @@ class TimeShift(Solver):
         return tau if tau.ndim else tau.item()
 
     def reindex(self, idx):
-        self.solver.reindex(idx)
+        super().reindex(idx)
         if isinstance(self.tau, torch.Tensor):
             self.tau = self.tau[idx]
         self._shifts = [v[idx] for v in self._shifts]

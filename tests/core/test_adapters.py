@@ -169,6 +169,21 @@ def test_clipping_is_taken_over():
         assert x.abs().max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("name", ["CogVideoXDDIMScheduler", "TCDScheduler"])
+def test_a_scheduler_that_only_says_that_it_clips_is_not_clipped(name):
+    like = getattr(D, name)(clip_sample=True)
+    ours = DiffusersScheduler(dk.DDIM(), like=like, timestep_spacing="trailing")
+    ours.set_timesteps(4)
+    x = 5 * torch.ones(1, 4, 2, 2)
+    out = ours.step(torch.zeros_like(x), ours.timesteps[0], x)
+    assert out.pred_original_sample.abs().max() > 1
+
+
+def test_a_scheduler_whose_betas_are_something_else_is_refused():
+    with pytest.raises(ValueError, match="IPNDMScheduler has neither DDPM's table"):
+        process_of(D.IPNDMScheduler())
+
+
 def test_zero_terminal_snr():
     options = TRAILING | dict(rescale_betas_zero_snr=True, clip_sample=False)
     for kind in ("v_prediction", "sample"):
@@ -238,9 +253,9 @@ def test_pndm_is_read_without_the_nodes_of_its_own_rule():
 
 
 def test_a_schedule_that_was_moved_after_its_betas_is_taken_over():
-    how = dict(timestep_spacing="trailing", prediction_type="v_prediction", clip_sample=False)
+    how = dict(timestep_spacing="trailing", prediction_type="v_prediction")
     theirs = D.CogVideoXDDIMScheduler(**how)
-    assert theirs.config.snr_shift_scale == 3
+    assert theirs.config.snr_shift_scale == 3 and theirs.config.clip_sample  # ... and never does
     ours = DiffusersScheduler(dk.DDIM(), like=theirs)
     torch.testing.assert_close(ours.alphas_cumprod.double(), theirs.alphas_cumprod.double())
     torch.testing.assert_close(run(ours), run(theirs), rtol=1e-3, atol=1e-4)

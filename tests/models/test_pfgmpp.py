@@ -339,7 +339,7 @@ def test_bad_input():
         (lambda: log_kernel(x, x, -1.0, 8), ValueError, "-1.0"),
         (lambda: poisson_field(x, -1.0, x, 8), ValueError, "r=-1.0"),
         (lambda: training_times(p, 0), ValueError, "n=0"),
-        (lambda: InjectError(Heun, 0.1), TypeError, "Heun()"),
+        (lambda: InjectError(Heun, 0.1), TypeError, "DDIM()"),
         (lambda: InjectError(Heun(), math.nan), ValueError, "nan"),
     ):
         with pytest.raises(kind, match=said.replace("(", r"\(").replace(")", r"\)")):
