@@ -52,7 +52,7 @@ notebooks: $(STAMP)
 
 pytest: $(STAMP)
 	@echo "== tests"
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(ALL),,--changed) || { s=$$?; [ $$s = 5 ]; }
+	@$(if $(ALL),DIFFKIT_ALL=1 )$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(ALL),,--changed) || { s=$$?; [ $$s = 5 ]; }
 
 test: check notebooks pytest  ## everything that a change can touch: sync, style, notebooks, tests (ALL=1: all tests)
 

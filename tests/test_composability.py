@@ -1,5 +1,5 @@
-"""Every guidance x every solver x every process x {float32, float64}: finite, and better with more
-evaluations.
+"""Guidance x solver x process x {float32, float64}: finite, and better with more evaluations.
+Every two of them meet, in a Latin square; with DIFFKIT_ALL=1 every three do (half an hour).
 
 Methods are found by themselves: every `Solver` subclass and every function that takes `denoiser`
 first and returns a `Denoiser` in any exported module of the core and of the chapters on diffusion
@@ -8,6 +8,7 @@ enters by being there. A class or function that needs more than its defaults say
 
 import importlib
 import inspect
+import os
 import typing
 import warnings
 from contextlib import contextmanager
@@ -253,9 +254,34 @@ def test_the_search_finds_what_is_known():
     assert [k for k, p in PROCESSES.items() if not p.gaussian] == ["HeavyTailed"]
 
 
-@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
-@pytest.mark.parametrize("guidance", guidances())
-@pytest.mark.parametrize("solver,options", solvers())
+def square(rows, columns, symbols, everything):
+    """The triples (row, column, symbol) in which every two meet, if there are no more symbols than
+    rows and than columns; or all triples."""
+    for i, r in enumerate(rows):
+        for j, c in enumerate(columns):
+            for k, s in enumerate(symbols):
+                if everything or k == (i + j) % len(symbols):
+                    yield r, c, s
+
+
+def combinations():
+    everything = os.environ.get("DIFFKIT_ALL", "") not in ("", "0")
+    for s, g, name in square(solvers(), guidances(), PROCESSES, everything):
+        values = (*s.values, *g.values, PROCESSES[name])
+        yield pytest.param(*values, id=f"{s.id}-{g.id}-{name}")
+
+
+def test_every_two_meet():
+    for n in ((30, 17, 8), (8, 9, 8)):
+        found = list(square(*map(range, n), False))
+        assert len(found) == n[0] * n[1]
+        for a, b in ((0, 1), (0, 2), (1, 2)):
+            assert len({(t[a], t[b]) for t in found}) == n[a] * n[b]
+    assert len(list(square(range(3), range(4), range(2), True))) == 24
+    assert len(PROCESSES) <= min(len(solvers()), len(guidances()))
+
+
+@pytest.mark.parametrize("solver,options,guidance,process", combinations())
 def test_every_combination(solver, options, guidance, process):
     start, end = process.t_max, max(process.t_min, 1e-3)
     x = X * process.sigma(start)
