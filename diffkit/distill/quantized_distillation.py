@@ -142,7 +142,7 @@ def distillation_loss(
     student: torch.Tensor,  # (B, classes) logits
     teacher: torch.Tensor,  # (B, classes) logits; no gradient goes there
     labels: torch.Tensor | None = None,  # (B,) classes; None: the teacher's word alone
-    temperature: float = 2.0,  # T, the official code's for CIFAR-10
+    temperature: float = 2.0,  # tau, the official code's for CIFAR-10
     weight: float | torch.Tensor = 0.7,  # lambda, the paper's; one a row too; 0: labels alone
     reduction: str = "mean",  # "none" gives a value a row
 ) -> torch.Tensor:
