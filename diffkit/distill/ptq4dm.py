@@ -61,8 +61,8 @@ class Quantizer(nn.Module):
 
     def _grid(self, low, high):  # delta and z of ranges that hold 0
         width = high - low
-        # halves go up, whatever the last digit of a quotient is
-        zero = (-low * self.top / width.clamp(min=1e-30) + 0.5 + 1e-6).floor().clamp(0, self.top)
+        # halves go up, whatever the last digit of a quotient is; of even ends it is 1/2 exactly
+        zero = (-low / width.clamp(min=1e-30) * self.top + 0.5 + 1e-6).floor().clamp(0, self.top)
         return width.clamp(min=1e-8 * self.top) / self.top, zero
 
     def _steps(self, x, scale, zero):  # the code less z, with the slope of the identity inside
