@@ -309,7 +309,7 @@ class AnyOrder(nn.Module):
         x: torch.Tensor,  # (B, D) data
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # scalar, an unbiased estimate of minus the chain's log-likelihood
-        "Likelihood over random orders, one pass: eq. (5) of the notebook."
+        "Likelihood over random orders, one pass: eq. (4) of the notebook."
         rank = self._order(None, self._check(x, complete=True), generator).argsort(1)
         left = self.dim - (_rand((len(x), 1), generator, x.device) * self.dim).long()
         hidden = rank >= self.dim - left
@@ -369,7 +369,7 @@ class MaM(AnyOrder):
         freeze: bool = False,  # no gradient for the conditionals
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # (B,)
-        "The squared error of the product rule, eq. (4) of the notebook."
+        "The squared error of the product rule, eq. (5) of the notebook."
         way = self._order(order, self._check(x, complete=True), generator)
         if d is None:
             d = (_rand((len(x),), generator, x.device) * self.dim).long() + 1
@@ -387,7 +387,7 @@ class MaM(AnyOrder):
         x: torch.Tensor,  # (B, D) data, or samples, or both
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # scalar
-        "Distil the conditionals into marginals, eq. (4); the conditionals get no gradient."
+        "Distil the conditionals into marginals, eq. (5); the conditionals get no gradient."
         gap = self.consistency(x, freeze=True, generator=generator)
         return self.dim * gap.mean() + self._norm(x).mean()
 
@@ -523,7 +523,7 @@ def fit_conditional(
     steps: int,  # optimiser steps
     **options,  # of `fit`: lr, batch_size, schedule, ema, seed, checkpoint, ...
 ) -> Run:
-    "Maximum likelihood, stage 1: eq. (5) of the notebook."
+    "Maximum likelihood, stage 1: eq. (4) of the notebook."
     return fit(_is(model, AnyOrder), lambda m, x: m.loss_conditional(x), data, steps, **options)
 
 
@@ -537,7 +537,7 @@ def fit_marginal(
     restart_every: int = 200,
     **options,  # of `fit`
 ) -> Run:
-    "Maximum likelihood, stage 2: eq. (4) on data and on samples of the model, half and half."
+    "Maximum likelihood, stage 2: eq. (5) on data and on samples of the model, half and half."
     sampler = PersistentSampler(_is(model, MaM), batch_size, gibbs, restart_every)
     cut = lambda x: x.unflatten(0, (model.members, -1))
 
