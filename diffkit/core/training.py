@@ -469,12 +469,11 @@ class Run:
 
     @property
     def losses(self) -> torch.Tensor | dict[str, torch.Tensor]:  # (steps,), or a dict of these
-        v = torch.tensor(self.values, dtype=torch.float64).reshape(len(self.values), -1)
-        return (
-            (v[:, 0] if v.numel() else v.flatten())
-            if self.names in ([], ["loss"])
-            else {k: v[:, i] for i, k in enumerate(self.names)}
-        )
+        width = len(self.values[0]) if self.values else max(1, len(self.names))
+        v = torch.tensor(self.values, dtype=torch.float64).reshape(len(self.values), width)
+        if self.names in ([], ["loss"]):
+            return v[:, 0]
+        return {k: v[:, i] for i, k in enumerate(self.names)}
 
     def __repr__(self):
         last = zip(self.names, self.values[-1]) if self.values else ()

@@ -121,6 +121,8 @@ class Recipe:
     predicts: str | None = None
     sampled = False  # True: its quality is that of samples
     fixed = ()  # the measures that do not depend on samples
+    stored_as = "float16"
+    setting = "n={n}, {steps} DDIM steps"  # of a measurement, on the card
 
     def null(self) -> dict | None:
         return None if self.null_rate is None else {"label": self.config["classes"]}
@@ -165,6 +167,34 @@ class Recipe:
 
     def measure(self, model: nn.Module, n: int, steps: int, seed: int, folder) -> dict[str, float]:
         raise NotImplementedError
+
+    def store(self, path: Path, model: nn.Module) -> None:
+        "Write the file that `restore` reads."
+        state = self.weights(model).state_dict().items()
+        half = {k: v.half() if v.is_floating_point() else v for k, v in state}
+        save_tensors(path, half, {"name": path.stem})
+
+    def restore(self, path: Path, model: nn.Module) -> nn.Module:
+        "Fill an untrained model from a file."
+        tensors, _ = load_tensors(path)
+        net = self.weights(model)
+        want = net.state_dict()
+        wrong = [
+            f"{k} is {tuple(tensors[k].shape) if k in tensors else 'missing'}, not {tuple(v.shape)}"
+            for k, v in want.items()
+            if k not in tensors or tensors[k].shape != v.shape
+        ]
+        wrong += [f"{k} does not belong to it" for k in tensors if k not in want]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit {path.stem}:"
+                f" {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
+            )
+        bad = [k for k, v in tensors.items() if not v.isfinite().all()]
+        if bad:
+            raise ValueError(f"{path} holds values that are not finite, in {bad[0]}")
+        net.load_state_dict({k: v.to(want[k].dtype) for k, v in tensors.items()})
+        return model
 
 # %% ../../nbs/core/007_zoo.ipynb #0c070b01
 class _Classifier(Recipe):
@@ -357,25 +387,7 @@ def load(
         raise FileNotFoundError(
             f"{path}: no such file; `diffkit train {name} --out {path.parent}` makes it"
         )
-    tensors, _ = load_tensors(path)
-    model = recipe.build()
-    net = recipe.weights(model)
-    want = net.state_dict()
-    wrong = [
-        f"{k} is {tuple(tensors[k].shape) if k in tensors else 'missing'}, not {tuple(v.shape)}"
-        for k, v in want.items()
-        if k not in tensors or tensors[k].shape != v.shape
-    ]
-    wrong += [f"{k} does not belong to it" for k in tensors if k not in want]
-    if wrong:
-        raise ValueError(
-            f"{path} does not fit {name}:"
-            f" {'; '.join(wrong[:3])}{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}"
-        )
-    bad = [k for k, v in tensors.items() if not v.isfinite().all()]
-    if bad:
-        raise ValueError(f"{path} holds values that are not finite, in {bad[0]}")
-    net.load_state_dict({k: v.to(want[k].dtype) for k, v in tensors.items()})
+    model = recipe.restore(path, recipe.build())
     return model.eval() if process is None else under(model, process).eval()
 
 # %% ../../nbs/core/007_zoo.ipynb #79d0e7c6
@@ -495,13 +507,15 @@ def train(
         torch.manual_seed(recipe.seed)
         model = recipe.build()
     run = recipe.fit(model, recipe.steps if steps is None else steps, checkpoint, progress)
+    lost = run.losses if isinstance(run.losses, dict) else {"": run.losses}
+    lost = {k: v[-100:].mean().item() for k, v in lost.items() if len(v)}
     return _publish(
         name,
         run.ema.cpu(),
         {
             "steps": run.step,
             "seconds": round(run.seconds),
-            "final_loss": run.losses[-100:].mean().item(),
+            "final_loss": lost.get("", lost or None),
         },
         folder,
         full,
@@ -517,11 +531,7 @@ def _publish(
 ):
     recipe = _recipe(name)
     net = recipe.weights(best)
-    save_tensors(
-        folder / f"{name}.safetensors",
-        {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()},
-        {"name": name},
-    )
+    recipe.store(folder / f"{name}.safetensors", best)
     classifiers = (
         folder
         if (folder / "digits-classifier.safetensors").is_file()
@@ -550,13 +560,13 @@ def _publish(
             "null_rate": recipe.null_rate,
         },
         "retrain": f"diffkit train {name}",
-        "stored_as": "float16",
+        "stored_as": recipe.stored_as,
         "licence": "Apache-2.0",
         "torch": torch.__version__,
-        "quality": {"n=100, 15 DDIM steps": fast},
+        "quality": {recipe.setting.format(n=100, steps=15): fast},
     }
     if full and recipe.sampled:
-        c["quality"][f"n={full}, 30 DDIM steps"] = measure(
+        c["quality"][recipe.setting.format(n=full, steps=30)] = measure(
             name, stored, n=full, steps=30, seed=1, folder=classifiers
         )
     # what does not depend on the samples, before rounding to float16
