@@ -179,7 +179,7 @@ class DomainStudioLoss:
         hf_pair: float = 2.0,  # weight of L_hf, likewise
         hf_mse: float = 1.0,  # weight of L_hfmse, its code's
         *,
-        # c of eq. (6), so that networks that predict noise adapt at all; None: no cap, the paper's
+        # c of eq. (6); None: no cap, the paper's
         snr_cap: float | None = 1.0,
         prior: float = 0.0,  # weight of L_prior, on batch["prior"]; 1 in its code for text
         # N, images that are compared with each other, neighbours in the batch; None: all of it;
