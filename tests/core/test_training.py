@@ -18,7 +18,7 @@ from diffkit.core.denoiser import NetDenoiser
 from diffkit.core.nets import MLP
 from diffkit.core.process import VP, Cosine, time_grid
 from diffkit.core.sampling import DDIM, sample
-from diffkit.core.training import fit, load_tensors, pack, save_tensors, unpack
+from diffkit.core.training import Run, descend, fit, load_tensors, pack, save_tensors, unpack
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -802,3 +802,21 @@ run = fit(m, lambda m, b: (m(b[0]) - b[1]).square().mean(), (x, y), int(sys.argv
     go("cut", 10, 2)
     cut = go("cut", 20, 2)  # stopped and resumed on two processes: bit for bit
     assert all(torch.equal(cut[0][k], two[0][k]) for k in two[0])
+
+
+def test_a_run_of_no_steps_has_no_losses():
+    none = Run(torch.nn.Linear(1, 1))
+    assert none.losses.shape == (0,)
+    none.names = ["a", "b"]
+    assert {k: tuple(v.shape) for k, v in none.losses.items()} == {"a": (0,), "b": (0,)}
+    none.values = [[1.0, 2.0], [3.0, 4.0]]
+    assert none.losses["b"].tolist() == [2.0, 4.0]
+
+
+def test_descend_is_one_step_of_the_optimizer():
+    w = torch.nn.Parameter(torch.tensor([2.0, -1.0]))
+    w.grad = torch.tensor([100.0, 100.0])  # left over; it must not count
+    opt = torch.optim.SGD([w], lr=0.25)
+    loss = w.square().sum()
+    assert descend(opt, loss) is loss
+    assert w.tolist() == [1.0, -0.5]  # w - 0.25 * 2 w
