@@ -6,7 +6,6 @@ together, and what to take when."""
 # %% ../../nbs/distill/499_compare.ipynb #c470a583
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,10 +50,9 @@ class _EightBits(type(_SOURCE)):  # the same network and measures; nothing is tr
         return model
 
 
-_settings = {f.name: getattr(_SOURCE, f.name) for f in dataclasses.fields(_SOURCE)}
 RECIPES = {
     "digits-unet-small-8bit": _EightBits(
-        **_settings
+        **vars(_SOURCE)
         | dict(
             what="digits-unet-small with weights and outputs on eight bits, calibrated on states of"
             " DDIM with and without labels (402).",
