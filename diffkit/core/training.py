@@ -23,7 +23,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
@@ -652,11 +652,12 @@ def _check_settings(
         raise ValueError(f"warmup={warmup!r}: must be a number of steps")
     if clip is not None and not (_real(clip) and clip > 0):
         raise ValueError(f"clip={clip!r}: must be a positive number, or None")
-    if not callable(schedule) and schedule not in SCHEDULES:
-        raise ValueError(
-            f"schedule={schedule!r}: allowed are {', '.join(SCHEDULES)} or a function of the"
-            f" progress in [0, 1]{_near(schedule, SCHEDULES)}"
-        )
+    for s in schedule if isinstance(schedule, (list, tuple)) else [schedule]:
+        if not callable(s) and s not in SCHEDULES:
+            raise ValueError(
+                f"schedule={schedule!r}: allowed are {', '.join(SCHEDULES)} or a function of the"
+                f" progress in [0, 1], or a list of these{_near(s, SCHEDULES)}"
+            )
     if callback is not None and not callable(callback):
         raise TypeError(f"callback={callback!r}: must be a function of the run")
     if checkpoint is None:
@@ -794,8 +795,8 @@ def fit(
     # its class, or parameters -> optimizer, or an optimizer, or a list of them; None: Adam
     optimizer=None,
     # factor of the learning rate: "constant", "cosine" (to 0), or a function of the progress in [0,
-    # 1]
-    schedule: str | Callable = "constant",
+    # 1]; or a list of these, one an optimizer
+    schedule: str | Callable | Sequence = "constant",
     warmup: int = 0,  # steps over which the learning rate rises linearly
     clip: float | None = None,  # largest norm of the gradient
     every: int = 500,  # steps between checkpoints; one is always written at the end
@@ -839,7 +840,7 @@ def fit(
                 samples,
                 batch_size,
                 optimizer,
-                SCHEDULES.get(schedule, schedule) if isinstance(schedule, str) else schedule,
+                schedule,
                 warmup,
                 clip,
                 every,
@@ -919,6 +920,10 @@ def _fit(
     model.to(acc.device).train()
     opts = _optimizers(optimizer, model, lr) if step is None or optimizer is not None else []
     rates = [[g["lr"] for g in o.param_groups] for o in opts]
+    several = schedule if isinstance(schedule, (list, tuple)) else [schedule] * len(opts)
+    if len(several) != len(opts):
+        raise ValueError(f"schedule holds {len(several)} entries, there are {len(opts)} optimizers")
+    factors = [SCHEDULES[s] if isinstance(s, str) else s for s in several]
     ready = acc.prepare_model(_Objective(model, loss)) if loss else None
     players = [acc.prepare_optimizer(o) for o in opts] if loss else opts
     average = copy.deepcopy(model).eval().requires_grad_(False) if ema else None
@@ -1051,10 +1056,10 @@ def _fit(
             if checkpoint:
                 rng, place = random_state(), feed.state()
             p = (run.samples if steps is None else run.step) / budget
-            factor = schedule(p) * (min(1.0, (run.step + 1) / warmup) if warmup else 1.0)
-            for o, r in zip(opts, rates):
+            rise = min(1.0, (run.step + 1) / warmup) if warmup else 1.0
+            for o, r, f in zip(opts, rates, factors):
                 for g, v in zip(o.param_groups, r):
-                    g["lr"] = v * factor
+                    g["lr"] = v * f(p) * rise
             begun = run.step > run.resumed
             phase = "forward" if loss else "own"
             batch, n = feed(run.step)

@@ -162,7 +162,7 @@ class HeavyTailed(Around):
         half = torch.full(shape[:1], self.dof / 2, dtype=widest(z.device), device=z.device)
         u = 2 * torch._standard_gamma(half, generator)  # torch.distributions takes no generator
         u = u.clamp(min=torch.finfo(u.dtype).tiny)  # a dof far below 1 underflows
-        return (z * expand((self.dof / u).sqrt(), z)).to(device, z.dtype)
+        return z.mul_(expand((self.dof / u).sqrt().to(z.dtype), z)).to(device)
 
     def sde(self, t):
         "Only at dof = inf: no SDE with Gaussian increments has these marginals."

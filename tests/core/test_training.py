@@ -349,6 +349,8 @@ SPOILT[[7, 9]] = torch.tensor([[float("nan")], [float("inf")]])
         (dict(lr=float("nan")), "lr=nan"),
         (dict(ema=1.0), "ema=1.0"),
         (dict(schedule="cos"), "'cos'"),
+        (dict(schedule=["constant", "cos"]), "'cos'"),
+        (dict(schedule=["constant", "cosine"]), "2 entries, there are 1 optimizers"),
         (dict(batch_size=0), "batch_size=0"),
         (dict(every=0), "every=0"),
         (dict(loss=None), "one of them"),
@@ -571,6 +573,24 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     assert longer.resumed == other.resumed == 6
     assert torch.equal(longer.losses, fit(denoiser(), steps=9, **call).losses)
     assert not torch.equal(longer.losses, other.losses)
+
+
+def test_each_optimizer_has_its_schedule():
+    model, seen = linear(), []
+    halves = [torch.optim.SGD([p], 1.0) for p in model.parameters()]
+
+    def step(m, batch):
+        seen.append([o.param_groups[0]["lr"] for o in halves])
+        return m.weight.sum().detach()
+
+    how = dict(data=X, step=step, optimizer=halves, **QUIET)
+    fit(model, steps=4, schedule=["constant", lambda p: 1 - p], **how)
+    assert seen == [[1.0, 1.0], [1.0, 0.75], [1.0, 0.5], [1.0, 0.25]]
+    seen.clear()
+    for o in halves:
+        o.param_groups[0]["lr"] = 1.0
+    fit(model, steps=2, schedule="cosine", **how)  # one for all
+    assert seen == [[1.0, 1.0], [0.5, 0.5]]
 
 
 def test_an_old_checkpoint_is_resumed_with_one_warning(tmp_path):
