@@ -400,7 +400,7 @@ class Table:
         score = scores.__getitem__ if isinstance(scores, dict) else scores
         return kendall_tau([score(a) for a in self.classes], [self.acc(a) for a in self.classes])
 
-
+# %% ../../nbs/nas/500_supernet.ipynb #bcb6a667
 def _shipped():
     return Path(find_spec("diffkit").submodule_search_locations[0]) / "data" / "nas_table.csv"
 
