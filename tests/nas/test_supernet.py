@@ -223,6 +223,24 @@ def test_the_steps_touch_what_is_theirs():
     assert got.weights.shape == (3, 6, 3)
 
 
+def test_alpha_sees_validation_data_and_the_weights_training_data():
+    net, seen = Supernet(CellNet(SPACE)), []
+    marked = torch.full((60, 1, 40), 7.0) + X[:60], Y[:60]
+
+    def watched(n, loss, bt, bv):
+        seen.append((bt[0].mean() < 3, bv[0].mean() > 3, len(bv[0]) == len(bt[0])))
+        return first_order(n, loss, bt, bv)
+
+    trained = []
+
+    def on_weights(n, b):
+        trained.append(b[0].mean() < 3)
+        return classification(n, b)
+
+    search(net, batch(200), marked, epochs=1, arch_step=watched, train_loss=on_weights)
+    assert len(seen) == 2 and all(map(all, seen)) and all(trained)
+
+
 def test_a_search_is_repeatable():
     def once(seed):
         torch.manual_seed(5)
