@@ -14,8 +14,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from ..core.training import fit
-from .supernet import Found, _entries, arch_parameters, classification, weight_parameters
+from diffkit.nas.supernet import (
+    Found,
+    alternate,
+    arch_parameters,
+    classification,
+    weight_parameters,
+)
 
 # %% auto #0
 __all__ = ['looseness', 'solvable_field', 'solvable_map', 'solvable_path', 'RARTSStep',
@@ -227,44 +232,25 @@ def rarts(
     progress: bool = False,
 ) -> Found:
     "Search with two tied copies of the weights, (5)."
-    train, valid = _entries(train, "train"), _entries(valid, "valid")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: must be a positive integer")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup={warmup!r}: must be a share of the epochs, from 0 to 1")
     both = RARTSStep(net, lam, beta, loss=loss, train_loss=train_loss, newest=newest, clip=clip)
     opts = [torch.optim.AdamW(v, lr, weight_decay=1e-3) for v in (both.w, both.y)]
     opts.append(torch.optim.Adam(both.alpha, arch_lr, betas=(0.5, 0.999), weight_decay=1e-3))
-    each, begin, done = max(1, len(train[0]) // batch_size), round(warmup * epochs), 0
-    look = lambda: (net.weights() if hasattr(net, "weights") else net.alpha).detach().cpu().clone()
-    trace = [look()]
 
-    def step(_, batch):
-        rows = torch.randint(len(valid[0]), (len(batch[0]),))
-        batch_v = tuple(v[rows].to(batch[0].device) for v in valid)
-        rest = done // each < begin
-        return both.step(batch, batch_v, [*opts[:2], None if rest else opts[2]])
+    def step(batch, draw, rest):
+        return both.step(batch, draw(), [*opts[:2], None if rest else opts[2]])
 
-    def after(run):
-        nonlocal done
-        done = run.step
-        if done % each == 0:
-            trace.append(look())
-            if on_epoch is not None:
-                on_epoch(net, done // each)
-
-    run = fit(
-        nn.ModuleDict({"y": net, "w": both.twin}),
-        data=train,
-        step=step,
-        optimizer=opts,
-        schedule=["cosine", "cosine", "constant"],
-        steps=epochs * each,
+    return alternate(
+        net,
+        train,
+        valid,
+        step,
+        opts,
+        epochs=epochs,
+        warmup=warmup,
         batch_size=batch_size,
-        callback=after,
-        ema=0,
+        on_epoch=on_epoch,
+        exclude=exclude,
         seed=seed,
         progress=progress,
+        trained=nn.ModuleDict({"y": net, "w": both.twin}),
     )
-    chosen = net.argmax(exclude) if hasattr(net, "argmax") else tuple(trace[-1].argmax(-1).tolist())
-    return Found(chosen, torch.stack(trace), torch.arange(epochs) >= begin, run)

@@ -27,8 +27,8 @@ from ..core.training import Run, fit
 __all__ = ['NAS_BENCH_201', 'CANDIDATES', 'CellSpace', 'Zero', 'ConvUnit', 'CellNet',
            'batch_statistics', 'Score', 'evaluate', 'train_arch', 'kendall_tau', 'Table',
            'build_table', 'MixedOp', 'Supernet', 'arch_parameters', 'weight_parameters',
-           'classification', 'first_order', 'second_order', 'Found', 'search', 'random_search',
-           'saved_bytes', 'uniform_paths', 'fair_paths', 'single_path']
+           'classification', 'first_order', 'second_order', 'Found', 'alternate', 'search',
+           'random_search', 'saved_bytes', 'uniform_paths', 'fair_paths', 'single_path']
 
 # %% ../../nbs/nas/500_supernet.ipynb #fa5db0b7
 # the names of NAS-Bench-201, which other tools read
@@ -670,11 +670,13 @@ class second_order:
             for p, v in zip(w, values):
                 p.data.copy_(v)
 
-        put([p - self.xi * d for p, d in zip(held, moved)])
-        value = loss(net, batch_v)
-        g = grad(value, arch + w)
+        try:
+            put([p - self.xi * d for p, d in zip(held, moved)])
+            value = loss(net, batch_v)
+            g = grad(value, arch + w)
+        finally:
+            put(held)
         g_arch, v = zero(g[: len(arch)], arch), zero(g[len(arch) :], w)
-        put(held)
         if self.exact:
             live = [(a, b) for a, b in zip(g_t, v) if a.requires_grad]
             a, b = zip(*live) if live else ((), ())
@@ -686,10 +688,12 @@ class second_order:
         else:
             eps = self.epsilon / max(math.sqrt(sum(float(x.square().sum()) for x in v)), 1e-12)
             sides = []
-            for sign in (1, -1):
-                put([p + sign * eps * x for p, x in zip(held, v)])
-                sides.append(zero(grad(loss(net, batch_t), arch), arch))
-            put(held)
+            try:
+                for sign in (1, -1):
+                    put([p + sign * eps * x for p, x in zip(held, v)])
+                    sides.append(zero(grad(loss(net, batch_t), arch), arch))
+            finally:
+                put(held)
             mixed = [(a - b) / (2 * eps) for a, b in zip(*sides)]
         _to(arch, [a - self.xi * m for a, m in zip(g_arch, mixed)])
         return value.detach()
@@ -723,6 +727,66 @@ class Found(NamedTuple):
     run: Run  # of `fit`, with the losses on the training half
 
 
+def alternate(
+    net: nn.Module,  # a Supernet, or any module with `alpha`
+    train: tuple,  # (x, class, ...): one half of the data
+    valid: tuple,  # the other half
+    # (batch_t, draw, rest) -> loss: one step of everything; draw() gives a validation batch, and
+    # alpha must not move where rest is true
+    step: Callable,
+    optimizers: list,  # of the weights, whose rates fall to 0 as a cosine; the last one of alpha
+    *,
+    epochs: int,
+    warmup: float,
+    batch_size: int,
+    on_epoch: Callable | None,
+    exclude: Sequence[str],
+    seed: int,
+    progress: bool,
+    trained: nn.Module | None = None,  # all that is trained, if it is more than the net
+) -> Found:
+    "The loop of a search: `fit`, with alpha's weights kept after each epoch."
+    train, valid = _entries(train, "train"), _entries(valid, "valid")
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(f"epochs={epochs!r}: must be a positive integer")
+    if not 0 <= warmup <= 1:
+        raise ValueError(f"warmup={warmup!r}: must be a share of the epochs, from 0 to 1")
+    each, begin, done = max(1, len(train[0]) // batch_size), round(warmup * epochs), 0
+    look = lambda: (net.weights() if hasattr(net, "weights") else net.alpha).detach().cpu().clone()
+    trace = [look()]
+
+    def one(_, batch):
+        def draw():
+            rows = torch.randint(len(valid[0]), (len(batch[0]),))
+            return tuple(v[rows].to(batch[0].device) for v in valid)
+
+        return step(batch, draw, done // each < begin)
+
+    def after(run):
+        nonlocal done
+        done = run.step
+        if done % each == 0:
+            trace.append(look())
+            if on_epoch is not None:
+                on_epoch(net, done // each)
+
+    run = fit(
+        trained or net,
+        data=train,
+        step=one,
+        optimizer=optimizers,
+        schedule=["cosine"] * (len(optimizers) - 1) + ["constant"],
+        steps=epochs * each,
+        batch_size=batch_size,
+        callback=after,
+        ema=0,
+        seed=seed,
+        progress=progress,
+    )
+    chosen = net.argmax(exclude) if hasattr(net, "argmax") else tuple(trace[-1].argmax(-1).tolist())
+    return Found(chosen, torch.stack(trace), torch.arange(epochs) >= begin, run)
+
+
 def search(
     net: nn.Module,  # a Supernet, or any module with `alpha`, trained in place
     train: tuple,  # (x, class, ...): half of the data, for the weights
@@ -743,52 +807,32 @@ def search(
     progress: bool = False,
 ) -> Found:
     "DARTS: alternate a step of alpha on validation data and one of the weights, algorithm 1."
-    train, valid = _entries(train, "train"), _entries(valid, "valid")
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: must be a positive integer")
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"warmup={warmup!r}: must be a share of the epochs, from 0 to 1")
     arch, w = arch_parameters(net), weight_parameters(net)
     opt_w = torch.optim.AdamW(w, lr, weight_decay=1e-3)
     opt_a = torch.optim.Adam(arch, arch_lr, betas=(0.5, 0.999), weight_decay=1e-3)
-    each = max(1, len(train[0]) // batch_size)
-    begin = round(warmup * epochs)
-    done = 0
-    look = lambda: (net.weights() if hasattr(net, "weights") else net.alpha).detach().cpu().clone()
-    trace = [look()]
 
-    def step(net, batch):
-        if done // each >= begin:
-            rows = torch.randint(len(valid[0]), (len(batch[0]),))
-            batch_v = tuple(v[rows].to(batch[0].device) for v in valid)
+    def step(batch, draw, rest):
+        if not rest:
+            batch_v = draw()
             opt_a.zero_grad()
             arch_step(net, loss, batch, batch_v)
             opt_a.step()
         return _weight_step(net, (train_loss or loss)(net, batch), w, opt_w, clip)
 
-    def after(run):
-        nonlocal done
-        done = run.step
-        if done % each == 0:
-            trace.append(look())
-            if on_epoch is not None:
-                on_epoch(net, done // each)
-
-    run = fit(
+    return alternate(
         net,
-        data=train,
-        step=step,
-        optimizer=[opt_w, opt_a],
-        schedule=["cosine", "constant"],
-        steps=epochs * each,
+        train,
+        valid,
+        step,
+        [opt_w, opt_a],
+        epochs=epochs,
+        warmup=warmup,
         batch_size=batch_size,
-        callback=after,
-        ema=0,
+        on_epoch=on_epoch,
+        exclude=exclude,
         seed=seed,
         progress=progress,
     )
-    chosen = net.argmax(exclude) if hasattr(net, "argmax") else tuple(trace[-1].argmax(-1).tolist())
-    return Found(chosen, torch.stack(trace), torch.arange(epochs) >= begin, run)
 
 # %% ../../nbs/nas/500_supernet.ipynb #1296e7a9
 def random_search(
@@ -812,7 +856,8 @@ def saved_bytes(f: Callable) -> int:  # f() runs a forward pass
 
     def pack(x):
         s = x.untyped_storage()
-        if not isinstance(x, nn.Parameter):  # weights are there anyway
+        # weights, and views of them, are there anyway
+        if not isinstance(x, nn.Parameter) and not isinstance(x._base, nn.Parameter):
             seen[s.data_ptr()] = s.nbytes()
         return x
 

@@ -204,6 +204,30 @@ def test_the_hypergradient_of_a_network():
     assert (net.alpha.grad - found).norm() > 0.1 * found.norm()  # the second term is not small
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_an_error_in_the_loss_leaves_the_weights_as_they_were(exact):
+    net, calls = Supernet(CellNet(SPACE)), []
+    before = [p.detach().clone() for p in weight_parameters(net)]
+
+    def loss(n, b):
+        calls.append(1)
+        if len(calls) > (1 if exact else 2):
+            raise RuntimeError("broken off")
+        return classification(n, b)
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        second_order(0.1, exact)(net, loss, batch(), batch(40, 2000))
+    assert all(torch.equal(a, b) for a, b in zip(before, weight_parameters(net)))
+
+
+def test_the_network_around_a_skip():
+    torch.manual_seed(0)
+    net = CellNet(SPACE, (0, 0, 0, 1, 0, 0))
+    x = net.stem(X[:20])
+    x = net.norm(torch.nn.functional.avg_pool1d(x, 2)).relu().mean(-1)
+    torch.testing.assert_close(net(X[:20]), net.head(x))
+
+
 def test_the_steps_touch_what_is_theirs():
     net = Supernet(CellNet(SPACE))
     seen = {}
@@ -352,7 +376,8 @@ def test_saved_bytes():
     assert saved_bytes(lambda: x * y) == 400  # y, as only x needs a gradient
     assert saved_bytes(lambda: (x * y) * y) == 400  # counted once
     layer = nn.Linear(10, 10)
-    assert saved_bytes(lambda: layer(y)) == 400  # the input; weights are there anyway
+    assert saved_bytes(lambda: layer(y)) == 400  # the input
+    assert saved_bytes(lambda: layer(x)) == 400  # the input; weights are there anyway
 
 
 def test_choices_of_different_size_and_shared_rows():
