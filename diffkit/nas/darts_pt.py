@@ -17,6 +17,7 @@ from diffkit.nas.supernet import (
     Found,
     arch_parameters,
     classification,
+    current_weights,
     evaluate,
     first_order,
     search,
@@ -49,10 +50,6 @@ def skip_conv_optimum(
 CRITERIA = ("loss", "acc")
 
 
-def _weights(net):
-    return (net.weights() if hasattr(net, "weights") else net.alpha.softmax(-1)).detach()
-
-
 def _cost(net, data, w, crit):
     score = evaluate(net, data, weights=w)
     return score.nll if crit == "loss" else -score.acc
@@ -72,7 +69,7 @@ def operation_strength(
     "By how much the network gets worse without each candidate of a choice, equation (2)."
     if crit not in CRITERIA:
         raise ValueError(f"crit={crit!r}: must be one of {', '.join(CRITERIA)}")
-    w = _weights(net) if weights is None else weights
+    w = current_weights(net).detach() if weights is None else weights
     if isinstance(edge, bool) or not isinstance(edge, int) or not 0 <= edge < len(w):
         raise ValueError(f"edge={edge!r}: must be a choice from 0 to {len(w) - 1}")
     out, whole = torch.full(w.shape[1:], float("nan")).double(), _cost(net, data, w, crit)
@@ -93,7 +90,7 @@ class _Decided(nn.Module):  # a net some of whose choices are made
         return arch_parameters(self.net)
 
     def weights(self):
-        w = self.net.weights() if hasattr(self.net, "weights") else self.net.alpha.softmax(-1)
+        w = current_weights(self.net)
         rows = list(w)
         for e, k in self.chosen.items():  # a constant: no gradient reaches its alpha
             rows[e] = torch.zeros_like(w[e]).index_fill(0, torch.tensor(k, device=w.device), 1.0)
@@ -173,7 +170,7 @@ def edge_strength(
 ) -> torch.Tensor:  # (len(edges),)
     """By how much the network gets worse without each edge: the paper's last stage keeps the two
     strongest of each node. Every edge is removed alone, as in the official code."""
-    w = _weights(net) if weights is None else weights
+    w = current_weights(net).detach() if weights is None else weights
     if crit not in CRITERIA:
         raise ValueError(f"crit={crit!r}: must be one of {', '.join(CRITERIA)}")
     whole, out = _cost(net, data, w, crit), []

@@ -26,9 +26,10 @@ from ..core.training import Run, fit
 # %% auto #0
 __all__ = ['NAS_BENCH_201', 'CANDIDATES', 'CellSpace', 'Zero', 'ConvUnit', 'CellNet',
            'batch_statistics', 'Score', 'evaluate', 'train_arch', 'kendall_tau', 'Table',
-           'build_table', 'MixedOp', 'Supernet', 'arch_parameters', 'weight_parameters',
-           'classification', 'first_order', 'second_order', 'Found', 'alternate', 'search',
-           'random_search', 'saved_bytes', 'uniform_paths', 'fair_paths', 'single_path']
+           'build_table', 'MixedOp', 'Supernet', 'arch_parameters', 'current_weights',
+           'weight_parameters', 'classification', 'first_order', 'second_order', 'Found',
+           'alternate', 'search', 'random_search', 'saved_bytes', 'uniform_paths', 'fair_paths',
+           'single_path']
 
 # %% ../../nbs/nas/500_supernet.ipynb #fa5db0b7
 # the names of NAS-Bench-201, which other tools read
@@ -602,6 +603,11 @@ def arch_parameters(net: nn.Module) -> list[nn.Parameter]:
     return [net.alpha]
 
 
+def current_weights(net: nn.Module) -> torch.Tensor:  # (E, K)
+    "Those of a Supernet; of any other module with `alpha` its softmax."
+    return net.weights() if hasattr(net, "weights") else net.alpha.softmax(-1)
+
+
 def weight_parameters(net: nn.Module) -> list[nn.Parameter]:
     "All that are no arch_parameters."
     arch = {id(p) for p in arch_parameters(net)}
@@ -752,7 +758,7 @@ def alternate(
     if not 0 <= warmup <= 1:
         raise ValueError(f"warmup={warmup!r}: must be a share of the epochs, from 0 to 1")
     each, begin, done = max(1, len(train[0]) // batch_size), round(warmup * epochs), 0
-    look = lambda: (net.weights() if hasattr(net, "weights") else net.alpha).detach().cpu().clone()
+    look = lambda: current_weights(net).detach().cpu().clone()
     trace = [look()]
 
     def one(_, batch):
