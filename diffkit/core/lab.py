@@ -580,10 +580,10 @@ def run_one(
 ) -> dict:  # slug, ok, seconds, and on failure cell (1-based, of the code cells), source, error
     "Execute one notebook in a kernel of its own, or as a script where Jupyter is missing."
     path, start = Path(path).resolve(), time.monotonic()
+    # older kernels bring a debugger that warns of Python's own frozen modules, here and there
+    os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     env = os.environ | {"DIFFKIT_SCALE": scale, "DIFFKIT_SEED_SET": str(seed_set)}
     env.setdefault("PYTHONWARNINGS", "ignore")
-    # older kernels bring a debugger that warns of Python's own frozen modules
-    env.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     out = dict(slug=path.stem, path=str(path), scale=scale, ok=True)
     run = _by_kernel if find_spec("nbclient") and find_spec("ipykernel") else _by_script
     out |= run(path, env, save, timeout, seed_set > 0)
