@@ -20,6 +20,8 @@ install: $(STAMP)  ## make .venv with the tested versions
 $(STAMP): settings.ini constraints.txt setup.py
 	@echo "== installing into $(VENV) (once; again only when settings.ini or constraints.txt change)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@# pip 23, which Python 3.11 brings, needs a quarter of an hour to find the versions; 25 half a minute
+	@$(BIN)/python -m pip install -q -U 'pip>=25' 2> >(grep -vE '^WARNING: Location' >&2) || echo "pip stays as it is: this takes longer"
 	@$(BIN)/pip install -q -c constraints.txt -e '.[all,docs,dev]' 2> >(grep -vE '^WARNING: Location' >&2) || { echo "install failed: see the lines above"; exit 1; }
 	@touch $@
 

@@ -34,6 +34,7 @@ def main() -> int:
     pip = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+        subprocess.run([*pip, "-U", "pip>=25"])  # older ones take long to find the versions
     print("== lowest versions:", ", ".join(pins))
     if subprocess.run([*pip, *pins, *TOOLS]).returncode:
         print("the lowest versions cannot be installed together: see the lines above")
