@@ -145,3 +145,32 @@ def test_help_lists_every_parameter_with_its_comment():
         "share of the path of the first of two models, or one share a model",
     ):
         assert said in text, said
+
+
+def test_pins_leave_older_pythons_alone():
+    "A pin of a release that asks for a newer Python than the library says so itself."
+    from importlib.metadata import PackageNotFoundError, metadata
+
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    pins = [
+        o
+        for o in (Path(__file__).parents[1] / "constraints.txt").read_text().splitlines()
+        if "==" in o
+    ]
+    assert len(pins) > 100
+    checked = 0
+    for pin in map(Requirement, pins):
+        try:
+            about = metadata(pin.name)
+        except PackageNotFoundError:
+            continue
+        if about["Version"].split("+")[0] not in pin.specifier:
+            continue  # another release than the pinned one
+        checked += 1
+        asks = SpecifierSet(about["Requires-Python"] or "")
+        for python in ("3.10.0", "3.11.2", "3.12.0"):
+            holds = pin.marker is None or pin.marker.evaluate({"python_full_version": python})
+            assert not holds or asks.contains(python), f"{pin} on Python {python} asks for {asks}"
+    assert checked > 50

@@ -37,7 +37,12 @@ def npm_package(
         if r.returncode or not packed:
             return None
         with tarfile.open(packed[0]) as t:
-            t.extractall(tmp, filter="data")
+            # early releases of Python 3.10 and 3.11 know no filter: files below tmp, nothing else
+            inside = lambda name: not name.startswith("/") and ".." not in Path(name).parts
+            files = [m for m in t.getmembers() if m.isfile() and inside(m.name)]
+            t.extractall(
+                tmp, files, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+            )
         if not (home / "package").is_dir():
             shutil.rmtree(home, ignore_errors=True)
             tmp.rename(home)
