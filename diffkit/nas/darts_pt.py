@@ -33,7 +33,7 @@ def skip_conv_optimum(
     o: torch.Tensor,  # (n,) what the convolution puts out
     m: torch.Tensor,  # (n,) the best feature map
 ) -> tuple[float, float]:  # weight of the convolution, alpha of the skip less that of the conv
-    "Proposition 1: the softmax weights that bring the mixture nearest to m, equations (3) and (4)."
+    "The softmax weights that bring the mixture nearest to m, the minimum of (1); Proposition 1."
     x, o, m = (v.double().flatten() for v in (x, o, m))
     if not len(x) == len(o) == len(m) or len(x) < 2:
         raise ValueError(f"x, o and m have {len(x)}, {len(o)}, {len(m)} entries: must be as many")
