@@ -137,8 +137,7 @@ class CellSpace:
     def canonical(
         self,
         arch: Sequence[int],
-        # layers with weights forget a factor of their input, as those with a normalisation do
-        scale_free: bool = False,
+        scale_free: bool = False,  # layers with weights forget a factor of their input: normalised
     ) -> Hashable:
         "Equal for two architectures whose outputs are the same sum (2): the same functions."
         return _canonical(self, self.check(arch), bool(scale_free))

@@ -67,6 +67,25 @@ def test_numbers_of_larger_spaces():
     assert len({layer.canonical(a) for a in layer}) == 483
 
 
+def test_a_normalised_layer_forgets_a_factor_of_its_input():
+    free = {a: SPACE.canonical(a, scale_free=True) for a in SPACE}
+    assert len(set(free.values())) == 93
+    of_sum = {}
+    for a, form in free.items():  # coarser than the sums: one form each
+        assert of_sum.setdefault(SPACE.canonical(a), form) == form
+    twice, once = (1, 1, 1, 0, 0, 2), (0, 1, 0, 0, 0, 2)  # C(2 h) and C(h)
+    assert SPACE.canonical(twice) != SPACE.canonical(once)
+    assert free[twice] == free[once]
+    x = X[:5].double()
+    nets = []
+    for arch in (twice, once):
+        torch.manual_seed(0)  # one convolution a cell, so the same weights
+        nets.append(CellNet(SPACE, arch).double().train())
+    for m in [m for net in nets for m in net.modules() if isinstance(m, torch.nn.BatchNorm1d)]:
+        m.eps = 1e-14  # else it is not quite blind to a factor
+    torch.testing.assert_close(nets[0](x), nets[1](x), rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("nodes", [2, 3, 5])
 def test_numbers_and_strings_go_there_and_back(nodes):
     space = CellSpace(("none", "skip", "conv3"), nodes)
