@@ -170,8 +170,6 @@ def _terms(
 
 @lru_cache(65536)
 def _canonical(space, arch, scale_free=False):
-    used = {}
-
     def rename(terms, name):  # name: edge -> number
         return tuple(sorted(((one(term, name), times) for term, times in terms), key=repr))
 
@@ -181,10 +179,20 @@ def _canonical(space, arch, scale_free=False):
             return term[0], number, rename(term[2], name)
         return term if len(term) == 1 else (term[0], one(term[1], name))
 
-    terms = _terms(space, arch, scale_free)
-    rename(terms, lambda edge: used.setdefault(edge, 0))
-    # the weights have no names: the smallest of all ways to number them
-    ways = (dict(zip(used, p)) for p in itertools.permutations(range(len(used))))
+    def look(term):  # without names; collects who looks like it
+        if len(term) < 3:
+            return term if len(term) == 1 else (term[0], look(term[1]))
+        bare = term[0], tuple(sorted(((look(t), times) for t, times in term[2]), key=repr))
+        alike.setdefault(repr(bare), {})[term[1]] = None
+        return bare
+
+    terms, alike = _terms(space, arch, scale_free), {}
+    for term, _ in terms:
+        look(term)
+    # the weights have no names: the smallest of all ways to number them, the alike in a row
+    groups = [itertools.permutations(alike[k]) for k in sorted(alike)]
+    orders = (itertools.chain(*way) for way in itertools.product(*groups))
+    ways = ({edge: i for i, edge in enumerate(order)} for order in orders)
     return min((rename(terms, way.__getitem__) for way in ways), key=repr)
 
 # %% ../../nbs/nas/500_supernet.ipynb #f600c341
