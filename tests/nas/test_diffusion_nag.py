@@ -515,3 +515,19 @@ def test_predictor_takes_times_a_sample():
     x, t = noisy(0.5).float(), torch.linspace(0, 1, 60)
     rows = torch.cat([f(x[i : i + 1], t[i]) for i in range(60)])
     torch.testing.assert_close(f(x, t), rows, rtol=1e-4, atol=1e-5)
+
+
+def test_local_search_climbs_from_where_it_stands():
+    space = OneHotSpace([3, 4, 2, 3])
+    value = {a: float(v) for a, v in zip(space, torch.randperm(len(space), generator=rng(3)))}
+    asked = []
+    local_search(lambda a: asked.append(a) or value[a], space, 300, rng(4))
+    here, left = None, set()
+    for a in asked:  # replayed: a new start only where no neighbour is better
+        if not left:
+            here, left = a, set(space.neighbours(a))
+        else:
+            assert a in left
+            left.remove(a)
+            if value[a] > value[here]:
+                here, left = a, set(space.neighbours(a))
