@@ -50,7 +50,10 @@ THEIRS = {
 @pytest.mark.parametrize("name", THEIRS)
 def test_tables(df, name, n):
     ends = dict(beta_start=0.0002, beta_end=0.03)
-    theirs = df.DDPMScheduler(n, beta_schedule=THEIRS[name], **ends)
+    try:
+        theirs = df.DDPMScheduler(n, beta_schedule=THEIRS[name], **ends)
+    except NotImplementedError:
+        pytest.skip(f"{name} is not in diffusers {df.__version__}")
     ours = betas(name, n, 0.0002, 0.03)
     assert ours.dtype == F64 and ours.shape == (n,)
     # they count in float32
