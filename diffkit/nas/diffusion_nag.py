@@ -299,6 +299,8 @@ def predictor_guidance(
         if not isinstance(v, torch.Tensor) or v.shape != (len(x),):
             got = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
             raise ValueError(f"predictor must return shape ({len(x)},), got {got}")
+        if x.requires_grad and not v.requires_grad:
+            raise ValueError("predictor must be differentiable in x, but its value has no gradient")
         return v
 
     return classifier_guidance(denoiser, f, scale, interval)
@@ -370,7 +372,7 @@ def guided_candidates(
     generator: torch.Generator | None = None,
 ) -> list[tuple[int, ...]]:  # n, or fewer
     "Draw rounds of guided samples until enough different valid new ones are found."
-    old, found = {tuple(a) for a in seen}, {}
+    old, found = {space.check(a) for a in seen}, {}
     for r in range(rounds):
         guided = predictor_guidance(denoiser, predictor, scale * max(1 - r * fall, 0.0))
         options = dict(steps=steps, solver=solver, generator=generator)
@@ -378,6 +380,12 @@ def guided_candidates(
         found |= dict.fromkeys(a for a, v in zip(archs, valid) if v and a not in old)
         if len(found) >= n:
             break
+    if not found:
+        warnings.warn(
+            f"no valid new architecture in {rounds} rounds of {draws}: try more than steps={steps},"
+            " or a smaller scale",
+            stacklevel=2,
+        )
     return list(found)[:n]
 
 # %% ../../nbs/nas/507_diffusion_nag.ipynb #b6255fe1
@@ -502,8 +510,9 @@ def nag_search(
             f"{wrong[0]!r} is none of {', '.join(known)}, which belong to guided_candidates"
             " and not to candidates of your own"
         )
-    if _whole(budget, "budget", 1) > len(space):
-        raise ValueError(f"budget={budget} is more than the {len(space)} architectures there are")
+    size = math.prod(_cards(space))
+    if _whole(budget, "budget", 1) > size:
+        raise ValueError(f"budget={budget} is more than the {size} architectures there are")
     start = min(_whole(start, "start", 2), budget)
     if batch is not None:
         _whole(batch, "batch", 1)
@@ -522,7 +531,7 @@ def nag_search(
         seed = int(torch.randint(2**31, (), generator=generator))
         f = surrogate(asked.archs, (v - v.mean()) / v.std().clamp(min=1e-6), seed)
         some = candidates(f, math.ceil(pool * n), seen, generator)
-        new = [a for a in dict.fromkeys(map(tuple, some)) if a not in seen]
+        new = [a for a in dict.fromkeys(map(space.check, some)) if a not in seen]
         if new:
             with torch.no_grad():
                 rank = f(encode(space, new), process.t_min).argsort(descending=True)

@@ -146,6 +146,7 @@ class ImportanceSampler(Sampler):
         self.n, self.epochs = _positive(n, "n"), _positive(epochs, "epochs")
         self.schedule, self.generator = schedule, generator
         self.epoch, self.seen = 0, []  # finished epochs; (rows, norms) of this one
+        self._broken = False  # a pass that was not gone through to its end
         self.q = torch.full((n,), 1 / n, dtype=torch.float64)
 
     def __len__(self) -> int:
@@ -158,10 +159,15 @@ class ImportanceSampler(Sampler):
         return torch.multinomial(self.q, self.n, replacement=True, generator=self.generator)
 
     def __iter__(self) -> Iterator[int]:
-        "A pass. It first closes the one before, if that was observed."
-        if self.seen:
+        "A pass. It first closes the one before, if that was observed to its end."
+        if self.seen and self._broken:
+            warnings.warn("the last pass was broken off: its norms are not used", stacklevel=2)
+            self.seen = []
+        elif self.seen:
             self.update()
-        return iter(self.draw().tolist())
+        self._broken = True
+        yield from self.draw().tolist()
+        self._broken = False
 
     def observe(
         self,
@@ -212,7 +218,10 @@ class Numbered(Dataset):
         return len(self.data)
 
     def __getitem__(self, i: int) -> tuple:
-        return (i, *self.data[i])
+        row, sample = i % len(self.data), self.data[i]
+        if not isinstance(sample, (tuple, list)):
+            raise TypeError(f"samples must be tuples, got {type(sample).__name__} at {i}")
+        return (row, *sample)
 
 
 def weighted_loss(
@@ -226,7 +235,8 @@ def weighted_loss(
     def loss(model, batch):
         i, x, t = batch
         z = model(x)
-        rows.observe(i, proxy(z, t))
+        if torch.is_grad_enabled():  # not while validating
+            rows.observe(i, proxy(z, t))
         if not reweight:
             return criterion(z, t)
         return (criterion(z, t, reduction="none") * rows.weights(i).to(z)).mean()
@@ -373,8 +383,17 @@ def pa_da(
         raise ValueError("target is of the paths: it needs path=True")
     if not isinstance(train, (tuple, list)) or len(train) != 2:
         raise TypeError("train must be a pair of tensors (x, class)")
+    if wrong := {"loss", "sampler"} & set(options):
+        raise TypeError(f"{min(wrong)} is set by pa_da: give criterion=, schedule= or target=")
     x, y = train
-    n, each, place = len(x), max(1, len(x) // batch_size), torch.arange(len(x))
+    dtype = next(net.parameters()).dtype
+    if x.is_floating_point() and x.dtype != dtype:
+        raise TypeError(f"x is {x.dtype}, the model is {dtype}")
+    n, each, place = (
+        len(x),
+        max(1, len(x) // _positive(batch_size, "batch_size")),
+        torch.arange(len(x)),
+    )
     paths = PathSampler(net, each, epochs, schedule, target, reweight)
     rows, done, trace = ImportanceSampler(n, epochs, schedule), 0, []
     observed = weighted_loss(rows, reweight, criterion, proxy)
@@ -425,15 +444,18 @@ def _remembered(net):  # layers that hold no choice give back what they gave for
 
         def call(*args, **kwargs):
             x = args[0] if len(args) == 1 and not kwargs else None
-            if not isinstance(x, torch.Tensor) or not x.numel():
+            if not isinstance(x, torch.Tensor) or not x.numel() or x.is_inference():
                 return forward(*args, **kwargs)
             flat = x.flatten()
             key = x.shape, float(flat[:: max(1, len(flat) // 64)].sum())
-            for was, out in kept.get(key, ()):
-                if was is x or torch.equal(was, x):
+            for was, out, versions in kept.get(key, ()):
+                # versions: not changed in place since, as by ReLU(inplace=True)
+                if (was._version, out._version) == versions and (was is x or torch.equal(was, x)):
                     return out
-            kept.setdefault(key, []).append((x, forward(x)))
-            return kept[key][-1][1]
+            version, out = x._version, forward(x)
+            if x._version == version and isinstance(out, torch.Tensor):
+                kept.setdefault(key, []).append((x, out, (version, out._version)))
+            return out
 
         return call
 
@@ -458,7 +480,9 @@ def rank_paths(
     reuse: bool = True,  # False: run everything again, and keep no tensors meanwhile
 ) -> dict[tuple[int, ...], Score]:
     "Accuracy and cross-entropy of each path with the shared weights; equal parts are run once."
-    archs, (x, y) = [tuple(a) for a in archs], data
+    archs, (x, y) = [tuple(int(k) for k in a) for a in archs], data[:2]
+    if not archs:
+        raise ValueError("archs must hold at least one path, got none")
     w, was = next(net.parameters()), net.training
     x = x.to(w.device, w.dtype)
     net.eval()

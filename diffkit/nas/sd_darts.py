@@ -7,6 +7,7 @@ model the answer is a formula, and on a supernet it is measured."""
 # %% ../../nbs/nas/504_sd_darts.ipynb #9af8be52
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections import deque
@@ -54,6 +55,18 @@ def _slopes(value, params, **more):
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads)]
 
 
+@contextlib.contextmanager
+def _measured(net):  # normalised by the batch; buffers and generators are left as they were
+    kept = [(b, b.clone()) for b in net.buffers()]
+    try:
+        with torch.random.fork_rng(), batch_statistics(net), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for b, v in kept:
+                b.copy_(v)
+
+
 def sharpness(
     net: nn.Module,  # left as it was
     batch: tuple,  # what `loss` takes, such as (x, class)
@@ -65,7 +78,8 @@ def sharpness(
     "How much the loss rises after one step uphill in the weights, (2) or (3)."
     rho, params = _positive(rho, "rho"), _trained(net)
     held = [p.detach().clone() for p in params]
-    with batch_statistics(net):
+    with _measured(net):
+        state = torch.get_rng_state()  # dropout is the same in both passes
         base = loss(net, batch)
         g = _slopes(base, params)
         scale = [p.square().sum() if relative else p.new_ones(()) for p in held]
@@ -74,6 +88,7 @@ def sharpness(
             with torch.no_grad():
                 for p, s, v in zip(params, scale, g):
                     p.add_(s * v / length.clamp(min=1e-30), alpha=rho)
+                torch.set_rng_state(state)
                 top = loss(net, batch)
         finally:
             with torch.no_grad():
@@ -98,7 +113,7 @@ def hessian_top(
     params = _trained(net) if of == "weights" else [net.alpha]
     v = [torch.randn(p.shape, generator=generator).to(p) for p in params]
     norm = lambda a: torch.stack([x.square().sum() for x in a]).sum().sqrt()
-    with batch_statistics(net):
+    with _measured(net):
         g = _slopes(loss(net, batch), params, create_graph=True)
         for _ in range(iterations):
             v = [x / norm(v).clamp(min=1e-30) for x in v]
@@ -143,6 +158,7 @@ class SelfDistillation:
         self.size = None if size is None else _count(size, "size")
         self.kept, self._now = deque(maxlen=_count(teachers, "teachers")), None
         self.loss = loss
+        self._own = target is not None
         self.target = target or (lambda z: (z / T).softmax(-1))
         self.distance = distance or (
             lambda z, q: T**2 * F.kl_div((z / T).log_softmax(-1), q, reduction="none").sum(-1)
@@ -167,6 +183,7 @@ class SelfDistillation:
         self,
         x: torch.Tensor,
         row: torch.Tensor | None = None,  # (B,) positions, where outputs are kept
+        batch_stats: bool = True,  # normalise copies by the batch, as a student that trains
     ) -> torch.Tensor | None:  # NaN where a sample has no teacher yet; None before there is any
         "What the earlier selves say, (4)."
         if not self.kept:
@@ -175,7 +192,7 @@ class SelfDistillation:
             return self._said[row]
         said = []
         for net in self.kept:
-            with batch_statistics(net):
+            with batch_statistics(net) if batch_stats else contextlib.nullcontext():
                 said.append(self.target(net(x)))
         return torch.stack(said).mean(0)
 
@@ -185,8 +202,13 @@ class SelfDistillation:
         row, z = self._row(row), net(x)
         if self.lam == 0:
             return self.loss(z, y)
-        own, q = self.target(z.detach()), self.vote(x, row)
-        if self.size is not None:
+        if not self._own and z.ndim != 2:
+            raise ValueError(
+                f"the output has shape {tuple(z.shape)}: must be (B, C), or give target and"
+                " distance"
+            )
+        own, q = self.target(z.detach()), self.vote(x, row, getattr(net, "training", True))
+        if self.size is not None and torch.is_grad_enabled():  # not while validating
             if self._now is None:
                 self._now = own.new_full((self.size, *own.shape[1:]), math.nan)
             self._now[row] = own
@@ -200,7 +222,7 @@ class SelfDistillation:
         if self.lam == 0:
             return
         if self.size is None:
-            self.kept.append(copy.deepcopy(net).requires_grad_(False))
+            self.kept.append(copy.deepcopy(net).requires_grad_(False).eval())
         elif self._now is not None:
             self.kept.append(self._now)
             self._now, self._said = None, torch.stack(list(self.kept)).nanmean(0)

@@ -165,6 +165,8 @@ class HyperCuboid(Supernet):
             grid.append(GridLayer(ops, ends, len(couts)))
         same = lambda width: nn.Identity()
         self._make = layer, tuple(each), stem or same, head or same
+        # as they were given: for networks that are built new
+        self._given = copy.deepcopy((before or nn.Identity(), after or nn.Identity()))
         ends = map(self._make[2], levels[0]), grid, map(self._make[3], levels[-1])
         net = _Grid(before or nn.Identity(), *ends, after or nn.Identity())
         super().__init__(net, relax, generator)
@@ -182,13 +184,19 @@ class HyperCuboid(Supernet):
         "The path from input to output whose weights have the largest sum, by dynamic programming."
         if by not in ("sum", "product"):
             raise ValueError(f"by={by!r}: must be 'sum' or 'product'")
+        if isinstance(exclude, str):
+            raise TypeError(f"exclude={exclude!r}: must be a sequence of names or values")
+        if weights is not None and weights.shape != self.alpha.shape:
+            shapes = tuple(weights.shape), tuple(self.alpha.shape)
+            raise ValueError(f"weights has shape {shapes[0]}, expected {shapes[1]}")
+        out = {_said(v) for v in exclude}
         w = (self.weights() if weights is None else weights).detach().double().cpu()
         best = {i: (0.0, ()) for i in range(len(self.levels[0]))}  # node -> length, way
         for e, row in enumerate((w if by == "sum" else w.log()).tolist()):
             new = {}
             for k, (i, j) in enumerate(self._ends()[e]):
                 said = {self.ops[e][k], *map(_said, self.grid[e][k].values())}
-                if i not in best or said & set(exclude):
+                if i not in best or said & out:
                     continue
                 length = best[i][0] + row[k]
                 if j not in new or length > new[j][0]:
@@ -258,7 +266,8 @@ class HyperCuboid(Supernet):
             parts = copy.deepcopy([*parts, net.heads[self.levels[-1].index(last)]])
         else:
             parts = [stem(first), *(layer(**r, **f) for r, f in zip(rows, each)), head(last)]
-        return nn.Sequential(copy.deepcopy(net.before), *parts, copy.deepcopy(net.after))
+        before, after = copy.deepcopy((net.before, net.after) if inherit else self._given)
+        return nn.Sequential(before, *parts, after)
 
 # %% ../../nbs/nas/502_sharp_darts.ipynb #65b6168e
 class SharpSepConv(nn.Sequential):

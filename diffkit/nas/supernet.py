@@ -549,7 +549,8 @@ class Supernet(nn.Module):
 
     def weights(self) -> torch.Tensor:  # (E, K)
         "The weights now: relax(alpha)."
-        return self.relax(self.alpha.masked_fill(~self.there, -math.inf))
+        w = self.relax(self.alpha.masked_fill(~self.there, -math.inf))
+        return w.masked_fill(~self.there, 0.0)  # whatever relax makes of what is not there
 
     def arch_parameters(self) -> list[nn.Parameter]:
         "What decides the architecture: the parameters of this object itself."

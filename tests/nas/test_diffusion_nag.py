@@ -531,3 +531,34 @@ def test_local_search_climbs_from_where_it_stands():
             left.remove(a)
             if value[a] > value[here]:
                 here, left = a, set(space.neighbours(a))
+
+
+def test_a_space_that_nobody_can_list():
+    space = OneHotSpace([2] * 70)
+    path = nag_search(lambda a: float(sum(a)), space, 4, steps=2, rounds=1, draws=4)
+    assert len(path) == 4
+
+
+def test_no_valid_sample_is_said():
+    denoiser = SpaceDenoiser(OneHotSpace([3, 5, 2, 4]))
+    flat = lambda x, t: x.sum((1, 2))
+    with pytest.warns(UserWarning, match="more than steps=2"):
+        guided_candidates(denoiser, denoiser.space, flat, 3, steps=2, rounds=2)
+    with pytest.raises(ValueError, match="differentiable in x"):
+        stuck = lambda x, t: x.detach().sum((1, 2))
+        guided_candidates(denoiser, denoiser.space, stuck, 3, steps=2, rounds=1)
+
+
+def test_designs_as_tensors_are_designs():
+    space = OneHotSpace([2, 2])
+    asked = []
+    every = torch.tensor(list(space))
+    nag_search(
+        lambda a: asked.append(a) or float(sum(a)),
+        space,
+        4,
+        start=2,
+        surrogate=lambda a, y, seed: lambda x, t: x.sum((1, 2)),
+        candidates=lambda f, n, seen, g: every,
+    )
+    assert sorted(asked) == sorted(space)

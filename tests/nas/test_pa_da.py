@@ -549,3 +549,57 @@ def test_good_input_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(pa_da)
+
+
+def test_ranking_sees_what_is_changed_in_place():
+    torch.manual_seed(0)
+    pair = {"skip": nn.Identity(), "conv": nn.Conv1d(6, 6, 3, padding=1)}
+    own = {"a": nn.Sequential(nn.ReLU(inplace=True), nn.Conv1d(6, 6, 1)), "b": nn.Conv1d(6, 6, 1)}
+    net = nn.Sequential(nn.Conv1d(1, 6, 3, padding=1), MixedOp(pair), nn.ReLU(inplace=True))
+    net = Supernet(nn.Sequential(net, MixedOp(own), nn.Flatten(), nn.Linear(240, 10)))
+    x, y = mnist1d("train")
+    x, y = x[:100].reshape(100, 1, 40), y[:100]
+    archs = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 0)]
+    for order in (archs, archs[::-1]):
+        assert rank_paths(net, order, (x, y)) == rank_paths(net, order, (x, y), reuse=False)
+    assert (1, 0) in rank_paths(net, torch.tensor(archs), (x, y, y))
+    with pytest.raises(ValueError, match="at least one path"):
+        rank_paths(net, [], (x, y))
+
+
+def test_a_pass_that_is_broken_off_closes_no_epoch():
+    rows = ImportanceSampler(20, 3)
+    walk = iter(rows)
+    some = torch.tensor([next(walk) for _ in range(5)])
+    rows.observe(some, torch.ones(5))
+    with pytest.warns(UserWarning, match="broken off"):
+        order = list(rows)
+    assert rows.epoch == 0 and len(set(order)) == 20 and float(rows.q.max()) == 1 / 20
+    rows.observe(torch.arange(20), torch.arange(20.0))
+    list(rows)
+    assert rows.epoch == 1
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(TypeError, match="samples must be tuples"):
+        Numbered([{"x": 1}])[0]
+    assert Numbered([(5,), (6,)])[-1] == (1, 6)
+    net, data = Supernet(CellNet(CellSpace(), cells=1)), tuple(v[:50] for v in mnist1d("train"))
+    for name in ("loss", "sampler"):
+        with pytest.raises(TypeError, match=name):
+            pa_da(net, data, **{name: None})
+    with pytest.raises(TypeError, match="x is torch.float64, the model is torch.float32"):
+        pa_da(net, (data[0].double(), data[1]))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        pa_da(net, data, batch_size=0)
+
+
+def test_validation_is_not_observed():
+    rows = ImportanceSampler(20, 3)
+    loss, net = weighted_loss(rows), nn.Linear(4, 3)
+    batch = torch.arange(20), torch.zeros(20, 4), torch.zeros(20, dtype=torch.long)
+    with torch.no_grad():
+        loss(net, batch)
+    assert not rows.seen
+    loss(net, batch)
+    assert len(rows.seen) == 1

@@ -504,3 +504,49 @@ def test_settings_are_checked_before_any_work():
     with pytest.raises(ValueError, match="temperature=-1"):
         sd_darts(net, *HALVES, temperature=-1)
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# ---- on networks of others
+
+
+def test_copies_follow_the_mode_of_the_student():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(40, 8), nn.BatchNorm1d(8), nn.Dropout(0.5))
+    net = nn.Sequential(net, nn.Linear(8, 10)).double()
+    for _ in range(3):
+        net(X[:50].double())
+    tie, b = SelfDistillation(), batch()[:2]
+    tie.end_epoch(net)
+    assert torch.equal(tie.vote(b[0]), tie.vote(b[0]))  # no dropout in the teachers
+    net.eval()
+    want = classification(net, b)
+    torch.testing.assert_close(tie(net, b), want, rtol=1e-12, atol=1e-12)
+    assert tie(net, tuple(v[:1] for v in b)).isfinite()
+
+
+def test_validation_leaves_the_teachers_alone():
+    net, tie, b = small(), SelfDistillation(size=60), batch()
+    tie(net, b)
+    with torch.no_grad():
+        tie(small(1), b)
+    tie.end_epoch(net)
+    torch.testing.assert_close(tie.kept[0], tie.target(net(b[0]).detach()))
+
+
+def test_outputs_of_more_axes_need_their_own_vote():
+    net = nn.Conv1d(1, 4, 1)
+    with pytest.raises(ValueError, match="give target and distance"):
+        SelfDistillation()(net, (torch.zeros(2, 1, 5), torch.zeros(2, 5, dtype=torch.long)))
+
+
+def test_measures_leave_everything_as_it_was():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(40, 8), nn.BatchNorm1d(8, momentum=None))
+    net = nn.Sequential(net, nn.Dropout(0.5), nn.Linear(8, 10))
+    b = X[:60], Y[:60]
+    net(b[0])
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    first = sharpness(net, b, 1e-4)
+    assert torch.equal(state, torch.get_rng_state())
+    assert first == sharpness(net, b, 1e-4) and first[0] > 0  # the same dropout in both passes
+    with torch.no_grad():
+        hessian_top(net, b, iterations=2, generator=rng())
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())

@@ -506,3 +506,35 @@ TWO = lambda: optimizer(0.1)
 def test_bad_input(call, says):
     with pytest.raises((ValueError, TypeError, RuntimeError), match=says):
         call()
+
+
+def test_a_network_built_new_is_new():
+    torch.manual_seed(0)
+    layer = lambda cin, cout: nn.Linear(cin, cout)
+    cube = HyperCuboid([[4], [3, 5], [2]], layer, before=nn.Linear(40, 4), after=nn.Linear(2, 10))
+    given = cube.net.before.weight.detach().clone()
+    with torch.no_grad():
+        for p in cube.net.parameters():
+            p.add_(1.0)
+    path = cube.argmax()
+    new, kept = cube.plain(path), cube.plain(path, inherit=True)
+    assert torch.equal(new[0].weight, given)
+    assert torch.equal(kept[0].weight, cube.net.before.weight)
+    assert not torch.equal(new[-1].weight, cube.net.after.weight)
+
+
+def test_best_path_refuses_what_does_not_fit():
+    cube = HyperCuboid([[4], [3, 5], [2]], lambda cin, cout: nn.Linear(cin, cout))
+    with pytest.raises(ValueError, match="weights has shape"):
+        cube.best_path(weights=torch.rand(1, 2))
+    with pytest.raises(TypeError, match="sequence of names"):
+        cube.best_path(exclude="none")
+    assert cube.choices(cube.best_path(exclude=(5,)))[0]["cout"] == 3
+    assert cube.choices(cube.best_path(exclude=("3",)))[0]["cout"] == 5
+
+
+def test_what_is_not_there_has_no_weight():
+    pair = {"a": nn.Identity(), "b": nn.Identity()}
+    net = nn.Sequential(MixedOp(pair), MixedOp(pair | {"c": nn.Identity()}))
+    w = Supernet(net, relax=lambda a: max_w(a.softmax(-1))).weights()
+    assert w[0, 2] == 0 and (w[0, :2] > 0.9).all() and (w[1] > 0.9).all()
