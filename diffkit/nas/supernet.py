@@ -146,7 +146,7 @@ class CellSpace:
         "Does the output depend on the input at all?"
         return self.canonical(arch) != ()
 
-
+# %% ../../nbs/nas/500_supernet.ipynb #a21449c5
 def _terms(
     space, arch, scale_free=False
 ):  # the output as a sum of terms: ((term, how often), ...), by (2)
