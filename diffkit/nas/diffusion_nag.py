@@ -28,7 +28,7 @@ from ..core.nets import Conditioning, zero
 from ..core.process import VE, Process, check_time, expand, time_grid, widest
 from ..core.sampling import EulerMaruyama, Row, Solver, sample
 from ..core.training import fit
-from .supernet import CellSpace
+from .supernet import CellSpace, _number, _whole
 
 # %% auto #0
 __all__ = ['OneHotSpace', 'encode', 'decode', 'ArchMetrics', 'arch_metrics', 'SpaceDenoiser',
@@ -207,13 +207,6 @@ def exact_value(
         return out[:, 0] if k == 0 else (out[:, 0].log() + top) / k
 
     return value
-
-
-def _number(value, name, least=0.0):
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least:
-        raise ValueError(f"{name}={value!r}: must be a finite number of at least {least}")
-    return float(value)
 
 # %% ../../nbs/nas/507_diffusion_nag.ipynb #62b201e5
 def line_graph(space: CellSpace) -> torch.Tensor:  # (E, E) bool
@@ -450,12 +443,6 @@ def fit_predictor(
     return fit(net, loss, data, steps, seed=seed, optimizer=adam, **options).model.eval()
 
 # %% ../../nbs/nas/507_diffusion_nag.ipynb #68ce439d
-def _whole(value, name, least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r}: must be an integer of at least {least}")
-    return value
-
-
 class _Asked:  # the architectures that were scored
     def __init__(self, score, budget):
         self.score, self.budget = score, _whole(budget, "budget", 1)

@@ -22,6 +22,7 @@ from diffkit.nas.supernet import (
     MixedOp,
     Score,
     Supernet,
+    _whole,
     batch_statistics,
     classification,
     single_path,
@@ -127,12 +128,6 @@ def _tau(schedule, epoch, epochs):
     return tau
 
 
-def _positive(value, name):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a positive integer")
-    return value
-
-
 class ImportanceSampler(Sampler):
     "Draws the rows of an epoch by their gradient norms, eq. (6); for any torch DataLoader."
 
@@ -143,7 +138,7 @@ class ImportanceSampler(Sampler):
         schedule: Callable = linear,  # share of the training -> tau
         generator: torch.Generator | None = None,  # None: torch's own
     ):
-        self.n, self.epochs = _positive(n, "n"), _positive(epochs, "epochs")
+        self.n, self.epochs = _whole(n, "n"), _whole(epochs, "epochs")
         self.schedule, self.generator = schedule, generator
         self.epoch, self.seen = 0, []  # finished epochs; (rows, norms) of this one
         self._broken = False  # a pass that was not gone through to its end
@@ -275,7 +270,7 @@ class PathSampler:
         generator: torch.Generator | None = None,  # None: torch's own
     ):
         self.names = _names(net)
-        self.each, self.epochs = _positive(each, "each"), _positive(epochs, "epochs")
+        self.each, self.epochs = _whole(each, "each"), _whole(epochs, "epochs")
         if target is not None and (set(target) != set(self.names) or min(target.values()) < 0):
             raise ValueError(f"target={target}: must be weights >= 0 of {', '.join(self.names)}")
         self.net, self.schedule, self.target = net, schedule, target
@@ -391,7 +386,7 @@ def pa_da(
         raise TypeError(f"x is {x.dtype}, the model is {dtype}")
     n, each, place = (
         len(x),
-        max(1, len(x) // _positive(batch_size, "batch_size")),
+        max(1, len(x) // _whole(batch_size, "batch_size")),
         torch.arange(len(x)),
     )
     paths = PathSampler(net, each, epochs, schedule, target, reweight)

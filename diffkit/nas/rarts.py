@@ -8,7 +8,6 @@ where it ends, what it costs, and where it breaks."""
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 
 from diffkit.nas.supernet import (
     Found,
+    _number,
     alternate,
     arch_parameters,
     classification,
@@ -27,14 +27,6 @@ __all__ = ['looseness', 'solvable_field', 'solvable_map', 'solvable_path', 'RART
            'solvable_fixed_point', 'rarts']
 
 # %% ../../nbs/nas/505_rarts.ipynb #bff21700
-def _number(value, name, least, above=False):  # checked
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least or (above and value == least):
-        word = "above" if above else "of at least"
-        raise ValueError(f"{name}={value!r}: must be a number {word} {least}")
-    return float(value)
-
-
 def looseness(
     lam: float,  # weight of the training loss, above 0
     beta: float,  # stiffness of the tie, above 0

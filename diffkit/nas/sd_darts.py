@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from diffkit.nas.supernet import (
     Found,
+    _number,
+    _whole,
     batch_statistics,
     classification,
     evaluate,
@@ -31,20 +33,6 @@ __all__ = ['sharpness', 'hessian_top', 'discretisation_gap', 'SelfDistillation',
            'pulled_path', 'sd_darts']
 
 # %% ../../nbs/nas/504_sd_darts.ipynb #3d9dfcb5
-def _positive(value, name, zero=False):  # checked
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < 0 or (value == 0 and not zero):
-        word = "at least 0" if zero else "above 0"
-        raise ValueError(f"{name}={value!r}: must be a number {word}")
-    return float(value)
-
-
-def _count(value, name):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a positive integer")
-    return value
-
-
 def _trained(net):  # the weights, without alpha where there is one
     params = weight_parameters(net) if hasattr(net, "alpha") else net.parameters()
     return [p for p in params if p.requires_grad]
@@ -76,7 +64,7 @@ def sharpness(
     loss: Callable = classification,  # loss(net, batch) -> scalar
 ) -> tuple[float, float]:  # rise of the loss, and the loss
     "How much the loss rises after one step uphill in the weights, (2) or (3)."
-    rho, params = _positive(rho, "rho"), _trained(net)
+    rho, params = _number(rho, "rho", above=True), _trained(net)
     held = [p.detach().clone() for p in params]
     with _measured(net):
         state = torch.get_rng_state()  # dropout is the same in both passes
@@ -109,7 +97,7 @@ def hessian_top(
     "The eigenvalue of the loss's Hessian that is largest in size, by the power method."
     if of not in ("weights", "alpha"):
         raise ValueError(f'of={of!r}: must be "weights" or "alpha"')
-    iterations = _count(iterations, "iterations")
+    iterations = _whole(iterations, "iterations")
     params = _trained(net) if of == "weights" else [net.alpha]
     v = [torch.randn(p.shape, generator=generator).to(p) for p in params]
     norm = lambda a: torch.stack([x.square().sum() for x in a]).sum().sqrt()
@@ -154,9 +142,9 @@ class SelfDistillation:
     ):
         if (target is None) != (distance is None):
             raise ValueError("target and distance belong together: give both or neither")
-        self.lam, T = _positive(lam, "lam", zero=True), _positive(temperature, "temperature")
-        self.size = None if size is None else _count(size, "size")
-        self.kept, self._now = deque(maxlen=_count(teachers, "teachers")), None
+        self.lam, T = _number(lam, "lam"), _number(temperature, "temperature", above=True)
+        self.size = None if size is None else _whole(size, "size")
+        self.kept, self._now = deque(maxlen=_whole(teachers, "teachers")), None
         self.loss = loss
         self._own = target is not None
         self.target = target or (lambda z: (z / T).softmax(-1))
@@ -233,7 +221,7 @@ def speed_limit(
     teachers: int = 1,  # M
 ) -> float:  # from 0 (none) to 1 (stands still)
     "The factor by which the stiffest errors of a linear model shrink in an epoch, (8)."
-    lam, M = _positive(lam, "lam", zero=True), _count(teachers, "teachers")
+    lam, M = _number(lam, "lam"), _whole(teachers, "teachers")
     if lam == 0:
         return 0.0
     low, high = 0.0, 1.0  # the polynomial M (1 + lam) / lam r^M - (1 + r + ... + r^(M - 1))
@@ -257,10 +245,10 @@ def pulled_path(
     copies: bool = False,  # teachers are copies made after each epoch; False: kept outputs
 ) -> torch.Tensor:  # (epochs * each + 1, D)
     "Errors of a linear model under gradient descent with self-distillation, (6), from 1."
-    lam, rate = _positive(lam, "lam", zero=True), _positive(rate, "rate")
+    lam, rate = _number(lam, "lam"), _number(rate, "rate", above=True)
     a = torch.as_tensor(curvature, dtype=torch.float64)
     teachers, each, epochs = (
-        _count(v, n) for v, n in ((teachers, "teachers"), (each, "each"), (epochs, "epochs"))
+        _whole(v, n) for v, n in ((teachers, "teachers"), (each, "each"), (epochs, "epochs"))
     )
     path = [torch.ones_like(a)]
     for t in range(epochs * each):

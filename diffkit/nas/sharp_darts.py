@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .supernet import MixedOp, Supernet
+from .supernet import MixedOp, Supernet, _number
 
 # %% auto #0
 __all__ = ['max_w', 'max_w_gradient', 'GridLayer', 'HyperCuboid', 'SharpSepConv', 'cosine_power',
@@ -301,14 +301,6 @@ class SharpSepConv(nn.Sequential):
         point = lambda a, b: conv(a, b, 1, bias=False)
         first = nn.ReLU(), depth(cin, stride, dilation), point(cin, m), norm(m)
         super().__init__(*first, nn.ReLU(), depth(m, 1, 1), point(m, cout), norm(cout))
-
-
-def _number(value, name, least, above=False):  # checked
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least or (above and value == least):
-        word = "above" if above else "of at least"
-        raise ValueError(f"{name}={value!r}: must be a number {word} {least}")
-    return value
 
 # %% ../../nbs/nas/502_sharp_darts.ipynb #f63db5e2
 def cosine_power(
