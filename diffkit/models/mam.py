@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.checks import whole
 from ..core.process import readable
 from ..core.training import Run, fit
 
@@ -21,15 +22,6 @@ __all__ = ['Ising', 'marginal_table', 'MarginalTable', 'InducedConditional', 'An
            'fit_energy']
 
 # %% ../../nbs/models/108_mam.ipynb #06010867
-def _whole(name, value, low, high=None):  # a whole number in a range, or an error that says so
-    good = isinstance(value, int) and not isinstance(value, bool) and value >= low
-    if not good or (high is not None and value > high):
-        upper = "" if high is None else f" to {high}"
-        more = " or more" if high is None else ""
-        raise ValueError(f"{name} must be a whole number, {low}{upper}{more}, got {value!r}")
-    return value
-
-
 def _rand(shape, generator, device):  # drawn where the generator is
     where = generator.device if generator else device
     return torch.rand(shape, generator=generator, device=where).to(device)
@@ -69,7 +61,7 @@ class Ising:
         bias: float = 0.2,  # pull towards +1, the paper's code's
         periodic: bool = True,  # the last row and column are neighbours of the first
     ):
-        self.n, self.dim = _whole("n", n, 1), n * n
+        self.n, self.dim = whole(n, "n"), n * n
         for name, v in dict(coupling=coupling, bias=bias).items():
             if not isinstance(v, int | float) or not math.isfinite(v):
                 raise ValueError(f"{name} must be a finite number, got {v!r}")
@@ -129,7 +121,7 @@ def marginal_table(
     classes: int,  # K
 ) -> torch.Tensor:  # (K + 1,) * D log-marginals; index 0 of an axis: this variable is summed over
     "All marginals of a distribution, one variable at a time: eq. (1) of the notebook."
-    dim, classes = _whole("dim", dim, 1), _whole("classes", classes, 1)
+    dim, classes = whole(dim, "dim"), whole(classes, "classes")
     if (classes + 1) ** dim > 5_000_000:
         raise ValueError(
             f"(classes + 1) ** dim must be at most 5,000,000 (dim 14 for 2 classes), got"
@@ -174,7 +166,7 @@ class InducedConditional(nn.Module):
         classes: int,  # K
     ):
         super().__init__()
-        self.marginal, self.classes = marginal, _whole("classes", classes, 1)
+        self.marginal, self.classes = marginal, whole(classes, "classes")
 
     def forward(
         self,
@@ -203,8 +195,8 @@ class AnyOrder(nn.Module):
         if not isinstance(conditional, nn.Module):
             raise TypeError(f"conditional must be a torch module, got {type(conditional).__name__}")
         self.conditional_net = conditional
-        self.dim, self.classes = _whole("dim", dim, 1), _whole("classes", classes, 1)
-        self.members = _whole("members", members, 1)
+        self.dim, self.classes = whole(dim, "dim"), whole(classes, "classes")
+        self.members = whole(members, "members")
 
     def _check(self, x, complete=False, name="x"):
         _tokens(x, self.dim, self.classes, complete, name)
@@ -248,7 +240,7 @@ class AnyOrder(nn.Module):
     ) -> torch.Tensor:  # (B,)
         "The log-marginal by the chain rule, one pass a known variable: eq. (3) of the notebook."
         self._check(x)
-        if _whole("orders", orders, 1) > 1 and order is not None:
+        if whole(orders, "orders") > 1 and order is not None:
             raise ValueError(f"orders={orders} averages random orders: leave order out")
         total = []
         for _ in range(orders):
@@ -282,7 +274,7 @@ class AnyOrder(nn.Module):
     ) -> torch.Tensor:  # (n, D)
         "Draw variables one after the other from the conditionals; one pass an unknown variable."
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
-        x = torch.zeros(_whole("n", n, 1), self.dim, dtype=torch.long, device=device)
+        x = torch.zeros(whole(n, "n"), self.dim, dtype=torch.long, device=device)
         if given is not None:
             given = _tokens(given, self.dim, self.classes, name="given").to(x)
             if len(given) not in (1, n):
@@ -300,7 +292,7 @@ class AnyOrder(nn.Module):
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:  # (B, D)
         "Forget some variables, chosen at random, and draw them again: one pass each."
-        _whole("steps", steps, 1, self.dim)
+        whole(steps, "steps", 1, self.dim)
         some = self._order(None, self._check(x, complete=True), generator)[:, :steps]
         return self._fill(x.scatter(1, some, 0), some, generator)
 
@@ -442,9 +434,9 @@ class SubsetMLP(nn.Module):
         members: int = 1,  # networks side by side; a batch holds their rows in equal blocks
     ):
         super().__init__()
-        whole = dict(dim=dim, classes=classes, hidden=hidden, depth=depth, members=members)
-        for name, value in whole.items():
-            _whole(name, value, 1)
+        sizes = dict(dim=dim, classes=classes, hidden=hidden, depth=depth, members=members)
+        for name, value in sizes.items():
+            whole(value, name)
         self.dim, self.classes, self.scalar, self.members = dim, classes, scalar, members
         out = 1 if scalar else dim * classes
         sizes = [dim * (classes + 1), *[hidden] * depth, out]
@@ -486,10 +478,10 @@ class PersistentSampler(nn.Module):
         super().__init__()
         if not isinstance(model, AnyOrder):
             raise TypeError(f"model must be an AnyOrder or a MaM, got {type(model).__name__}")
-        if _whole("chains", chains, 1) % model.members:
+        if whole(chains, "chains") % model.members:
             raise ValueError(f"chains must divide by {model.members} members, got {chains}")
-        self.model, self.steps = model, _whole("steps", steps, 1, model.dim)
-        self.restart_every = _whole("restart_every", restart_every, 1)
+        self.model, self.steps = model, whole(steps, "steps", 1, model.dim)
+        self.restart_every = whole(restart_every, "restart_every")
         # buffers: a checkpoint holds them
         self.register_buffer("x", torch.zeros(chains, model.dim, dtype=torch.long))
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))

@@ -28,7 +28,9 @@ from ..core.nets import Conditioning, zero
 from ..core.process import VE, Process, check_time, expand, time_grid, widest
 from ..core.sampling import EulerMaruyama, Row, Solver, sample
 from ..core.training import fit
-from .supernet import CellSpace, _number, _whole
+from ..core.checks import number as _number
+from ..core.checks import whole as _whole
+from .supernet import CellSpace
 
 # %% auto #0
 __all__ = ['OneHotSpace', 'encode', 'decode', 'ArchMetrics', 'arch_metrics', 'SpaceDenoiser',

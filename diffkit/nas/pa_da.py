@@ -17,12 +17,12 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
+from ..core.checks import whole as _whole
 from ..core.training import Run
 from diffkit.nas.supernet import (
     MixedOp,
     Score,
     Supernet,
-    _whole,
     batch_statistics,
     classification,
     single_path,

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ..core.checks import number as _number
 from diffkit.nas.supernet import (
     Found,
-    _number,
     alternate,
     arch_parameters,
     classification,

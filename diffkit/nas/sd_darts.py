@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..core.checks import number as _number
+from ..core.checks import whole as _whole
 from diffkit.nas.supernet import (
     Found,
-    _number,
-    _whole,
     batch_statistics,
     classification,
     evaluate,

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from .supernet import MixedOp, Supernet, _number
+from ..core.checks import number as _number
+from .supernet import MixedOp, Supernet
 
 # %% auto #0
 __all__ = ['max_w', 'max_w_gradient', 'GridLayer', 'HyperCuboid', 'SharpSepConv', 'cosine_power',

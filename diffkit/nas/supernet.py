@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import itertools
 import math
-import numbers
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
@@ -148,22 +147,6 @@ class CellSpace:
         return self.canonical(arch) != ()
 
 # %% ../../nbs/nas/500_supernet.ipynb #a21449c5
-def _whole(value, name, least=1):  # checked; an int
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        word = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name}={value!r}: must be {word}")
-    return int(value)
-
-
-def _number(value, name, least=0.0, above=False):  # checked, finite; a float
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value < least or (above and value == least):
-        bound = f"number {'above' if above else 'of at least'} {least:g}"
-        word = "finite number" if least == -math.inf else bound
-        raise ValueError(f"{name}={value!r}: must be a {word}")
-    return float(value)
-
-
 def _terms(
     space, arch, scale_free=False
 ):  # the output as a sum of terms: ((term, how often), ...), by (2)
