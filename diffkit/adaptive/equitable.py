@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -17,23 +16,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from tqdm.auto import tqdm
 
-
-def _number(value, name, least=-math.inf, above=False, most=math.inf):  # checked, a float
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool | np.bool_)
-    if not good or not math.isfinite(value) or value < least or value > most:
-        good = False
-    if not good or (above and value == least):
-        word = "above" if above else "of at least"
-        low = f"{word} {least:g}" if least > -math.inf else "finite"
-        high = f" and at most {most:g}" if most < math.inf else ""
-        raise ValueError(f"{name}={value!r}: must be a number {low}{high}")
-    return float(value)
-
-
-def _whole(value, name, least):  # checked, an int
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
-    return int(value)
+from ..core.checks import number as _number
+from ..core.checks import whole as _whole
 
 
 def _vector(values, name, groups, least=0.0, above=False):  # one number a group, or one for all
@@ -350,7 +334,7 @@ def fit_curve(
 ) -> CurveFit:
     "The power law (1) of least squares in the logarithm, (8)."
     n, y, w = _points(n, loss, weights)
-    low_rho, high_rho = _number(bounds[0], "bounds[0]", 0, True), _number(bounds[1], "bounds[1]")
+    low_rho, high_rho = _number(bounds[0], "bounds[0]", 0, True), _number(bounds[1], "bounds[1]", 0)
     if not low_rho < high_rho:
         raise ValueError(f"bounds={bounds!r}: must be two rising numbers")
     middle = math.exp(np.log(n).mean())  # sizes in this unit: log b and rho go apart
@@ -360,7 +344,7 @@ def fit_curve(
         if name not in known:
             raise ValueError(f"prior has {name!r}: must be of {', '.join(known)}")
         sd = _number(sd, f"prior[{name!r}][1]", 0, True)
-        rows.append(np.array([*known[name], _number(mean, f"prior[{name!r}][0]")]) / sd)
+        rows.append(np.array([*known[name], _number(mean, f"prior[{name!r}][0]", -math.inf)]) / sd)
     if len(np.unique(n)) + len(rows) < 3:
         raise ValueError(
             f"n has {len(np.unique(n))} different sizes: three parameters need at least 3"

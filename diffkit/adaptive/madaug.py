@@ -8,7 +8,6 @@ does not show."""
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -17,26 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..core.checks import number as _number
+from ..core.checks import whole as _whole
+
 # %% auto #0
 __all__ = ['OPS', 'affine', 'Op', 'classic_ops', 'augment', 'curriculum', 'Policy', 'mix',
            'virtual_step', 'MADAug']
 
 # %% ../../nbs/adaptive/702_madaug.ipynb #bf36ad60
-def _number(value, name, least=0.0, most=math.inf, above=False):  # checked, finite; a float
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not least <= value <= most or (above and value == least):
-        bound = f"{'above' if above else 'of at least'} {least:g}"
-        bound += f" and at most {most:g}" if most < math.inf else ""
-        raise ValueError(f"{name}={value!r}: must be a finite number {bound}")
-    return float(value)
-
-
-def _whole(value, name, least=1):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least {least}")
-    return int(value)
-
-
 def _sample(x, sx, sy, fill):  # x at the pixel places (B, H, W), linear, `fill` outside
     (B, C, H, W), x = x.shape, x - fill
     if not (torch.is_grad_enabled() and (sx.requires_grad or sy.requires_grad)):
@@ -183,7 +170,7 @@ def augment(
     _checked(x, p, m, ops)
     if _whole(k, "k") > len(ops):
         raise ValueError(f"k={k}: must be at most the number of operations, {len(ops)}")
-    jitter = _number(jitter, "jitter", 0, 1)
+    jitter = _number(jitter, "jitter", most=1)
     if not len(x):
         return x
     x, p, m = x.detach().clone(), p.detach().clamp(min=1e-30), m.detach()
@@ -207,7 +194,7 @@ def curriculum(
 ) -> float:  # share of a batch that is augmented
     "When to augment, eq. (3)."
     rise = math.tanh(_number(epoch, "epoch") / _number(tau, "tau", above=True))
-    return min(1.0, rise + _number(floor, "floor", 0, 1))
+    return min(1.0, rise + _number(floor, "floor", most=1))
 
 # %% ../../nbs/adaptive/702_madaug.ipynb #dd038861
 class Policy(nn.Module):
@@ -341,7 +328,7 @@ class MADAug(nn.Module):
         if _whole(k, "k") > len(self.ops):
             raise ValueError(f"k={k}: must be at most the number of operations, {len(self.ops)}")
         curriculum(0.0, tau, floor)
-        _number(jitter, "jitter", 0, 1)
+        _number(jitter, "jitter", most=1)
         self.model, self.policy = model, policy
         self.features = (features,)  # a tuple: not a submodule a second time
         self.opt, self.policy_opt, self.valid, self._stream = opt, policy_opt, valid, None
