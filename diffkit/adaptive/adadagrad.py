@@ -17,51 +17,31 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from .introduction import batch_error
+from ..core.checks import number as _number
+from ..core.checks import whole as _count
 from ..core.training import _Objective, _real, _whole
 
-
-def _check(name, value, low=0.0, strict=True, whole=False):  # a number, before any work
-    good = _whole(value) if whole else _real(value)
-    if not good or value < low or (strict and value == low):
-        kind = "whole number" if whole else "finite number"
-        raise ValueError(
-            f"{name}={value!r}: must be a {kind} {'above' if strict else 'of at least'} {low:g}"
-        )
-    return value
-
 # %% auto #0
-__all__ = ['quadratic_risk', 'best_schedule', 'Stats', 'merge', 'merge_ranks', 'gradient_stats',
-           'norm_test', 'inner_product_test', 'orthogonality_test', 'augmented_test',
-           'without_replacement', 'per_sample_grads', 'BatchSizer', 'AdaptiveBatchSampler',
-           'AdaGradNorm']
+__all__ = ['best_schedule', 'Stats', 'merge', 'merge_ranks', 'gradient_stats', 'norm_test',
+           'inner_product_test', 'orthogonality_test', 'augmented_test', 'without_replacement',
+           'per_sample_grads', 'BatchSizer', 'AdaptiveBatchSampler', 'AdaGradNorm']
 
 # %% ../../nbs/adaptive/701_adadagrad.ipynb #fa565fca
-def quadratic_risk(
-    sizes: Sequence[int],  # of the batches, in order
-    lr: float,  # step size of SGD, in (0, 1)
-    distance: float,  # squared distance of the start
-    noise: float,  # trace of the covariance of a_i
-) -> float:
-    "Expected squared distance after SGD on the quadratic, (1)."
-    for b in sizes:
-        distance = (1 - lr) ** 2 * distance + lr**2 * noise / b
-    return distance
-
-
 def best_schedule(
     budget: int,  # samples in all
-    lr: float,  # as in quadratic_risk
+    lr: float,  # as in batch_error
     distance: float,
     noise: float,
     least: int = 1,  # smallest batch
 ) -> list[int]:
     "The batch sizes that make (1) least: the oracle."
-    _check("least", least, 1, False, whole=True)
-    _check("budget", budget, least, False, whole=True)
+    _count(least, "least", 1)
+    _count(budget, "budget", least)
     if not _real(lr) or not 0 < lr < 1:
         raise ValueError(f"lr={lr!r}: must be a number in (0, 1)")
-    _check("distance", distance)
-    _check("noise", noise)
+    _number(distance, "distance", above=True)
+    _number(noise, "noise", above=True)
     found, steps, best = math.inf, 0, []
     while (steps := steps + 1) * least <= budget and steps <= 1.5 * len(best) + 50:
         weight = (1 - lr) ** (2.0 * np.arange(steps)[::-1])
@@ -77,7 +57,7 @@ def best_schedule(
         gain = weight / (b * (b + 1))
         rest = int(budget - b.sum())
         b[np.argsort(-gain, kind="stable")[:rest]] += 1
-        if (risk := quadratic_risk(b, lr, distance, noise)) < found:
+        if (risk := batch_error(b, lr, distance, noise)) < found:
             found, best = risk, [int(v) for v in b]
     return best
 
@@ -206,7 +186,7 @@ def norm_test(
     debias: bool = False,  # take the noise out of |g|^2, below (7)
 ) -> float:  # inf where g is 0 (debiased: where nothing is left)
     "The batch size from which on the norm test passes, (2), not rounded."
-    _check("eta", eta)
+    _number(eta, "eta", above=True)
     signal = _squares(stats)
     noise = stats.m2.double() / stats.dof
     if coordinate is None:
@@ -225,7 +205,7 @@ def inner_product_test(
     theta: float = 0.5,  # allowed relative spread of <g_i, g>
 ) -> float:
     "The batch size from which on the inner-product test passes, (3), not rounded."
-    _check("theta", theta)
+    _number(theta, "theta", above=True)
     signal = _squares(stats, stats.along)
     return _ratio(stats.along / stats.dof, signal**2) / theta**2
 
@@ -235,7 +215,7 @@ def orthogonality_test(
     nu: float = 1.0,  # allowed relative spread across g
 ) -> float:
     "The batch size from which on the orthogonality test passes, (4), not rounded."
-    _check("nu", nu)
+    _number(nu, "nu", above=True)
     signal = _squares(stats, stats.across)
     return _ratio(stats.across / stats.dof, signal) / nu**2
 
@@ -254,7 +234,7 @@ def without_replacement(
     population: int,  # samples in the data set, of which each batch is drawn without replacement
 ) -> float:  # below both
     "The same for batches from a finite data set, (12)."
-    _check("population", population, 2, False, whole=True)
+    _count(population, "population", 2)
     return float(population) if math.isinf(size) else size * population / (size + population)
 
 # %% ../../nbs/adaptive/701_adadagrad.ipynb #5ce7c846
@@ -304,7 +284,7 @@ def per_sample_grads(
     "The gradient of each sample, the g_i of (2), by torch.func."
     _rows(batch)
     if chunk is not None:
-        _check("chunk", chunk, 1, False, whole=True)
+        _count(chunk, "chunk", 1)
     params = {f"model.{k}": p.detach() for k, p in _trained(model).items()}
     own = _Objective(model, loss)
 
@@ -358,25 +338,25 @@ class BatchSizer:
         multiple: int = 1,  # sizes are multiples of it, e.g. of the number of processes
         on_growth: Callable | None = None,  # on_growth(old size, new size)
     ):
-        _check("b0", b0, 2, False, whole=True)
-        _check("b_max", b_max, b0, False, whole=True)
+        _count(b0, "b0", 2)
+        _count(b_max, "b_max", b0)
         if test not in ("norm", "inner", "augmented"):
             raise ValueError(f"test={test!r}: must be 'norm', 'inner' or 'augmented'")
         for name, v in dict(every=every, multiple=multiple).items():
-            _check(name, v, 1, False, whole=True)
+            _count(v, name, 1)
         for name, v in dict(eta=eta, theta=theta, nu=nu).items():
-            _check(name, v)
+            _number(v, name, above=True)
         if coordinate is not None and not (_real(coordinate) and 0 <= coordinate <= 1):
             raise ValueError(f"coordinate={coordinate!r}: must be a quantile in [0, 1], or None")
         if test != "norm" and (coordinate is not None or debias):
             raise ValueError(f"coordinate and debias belong to test='norm', got test={test!r}")
         if population is not None:
-            _check("population", population, b_max, False, whole=True)
+            _count(population, "population", b_max)
         if growth is not None:
-            _check("growth", growth, 1)
+            _number(growth, "growth", 1, True)
         for name, v in dict(parts=parts, chunk=chunk).items():
             if v is not None:
-                _check(name, v, 2 if name == "parts" else 1, False, whole=True)
+                _count(v, name, 2 if name == "parts" else 1)
         if b0 % multiple or b_max % multiple:
             raise ValueError(f"b0={b0}, b_max={b_max}: must be multiples of multiple={multiple}")
         if on_growth is not None and not callable(on_growth):
@@ -525,8 +505,8 @@ class AdaptiveBatchSampler(torch.utils.data.Sampler):
         self.n = len(data)
         if sizer.b_max > self.n:
             raise ValueError(f"b_max={sizer.b_max}: must be at most the {self.n} samples of data")
-        _check("world", world, 1, False, whole=True)
-        _check("rank", rank, 0, False, whole=True)
+        _count(world, "world", 1)
+        _count(rank, "rank", 0)
         if rank >= world or sizer.multiple % world:
             raise ValueError(
                 f"rank={rank}, world={world}: rank must be below world, and the sizer's"
@@ -567,9 +547,9 @@ class AdaGradNorm(torch.optim.Optimizer):
         weight_decay: float = 0.0,  # adds this times the parameters to the gradient
     ):
         defaults = dict(
-            lr=_check("lr", lr),
-            v0=_check("v0", v0),
-            weight_decay=_check("weight_decay", weight_decay, 0, False),
+            lr=_number(lr, "lr", above=True),
+            v0=_number(v0, "v0", above=True),
+            weight_decay=_number(weight_decay, "weight_decay"),
         )
         super().__init__(params, defaults)
         self.reset()

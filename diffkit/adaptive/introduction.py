@@ -7,12 +7,13 @@ cost, and how does it fool itself?"""
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+
+from ..core.checks import number, whole
 
 # %% auto #0
 __all__ = ['Share', 'share_of_gain', 'batch_error', 'best_batches', 'restricted_risk',
@@ -46,8 +47,8 @@ def share_of_gain(
     "The share (1) of the possible gain that a method gets, with Fieller's interval."
     from scipy.stats import t
 
-    if not isinstance(level, numbers.Real) or not 0 < level < 1:
-        raise ValueError(f"level={level!r}: must be a number between 0 and 1")
+    if number(level, "level", above=True, most=1.0) == 1:
+        raise ValueError(f"level={level!r}: must be below 1")
     b, m, o = _runs(baseline, "baseline"), _runs(method, "method"), _runs(oracle, "oracle")
     n = max(len(b), len(m), len(o))
     if n < 2 or any(len(v) not in (1, n) for v in (b, m, o)):
@@ -65,29 +66,22 @@ def share_of_gain(
     return Share(w, c, w / c, ((half - root) / square, (half + root) / square))
 
 # %% ../../nbs/adaptive/700_introduction.ipynb #bfbd5c49
-def _positive(value, name, least=0.0):
-    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or value <= least:
-        raise ValueError(f"{name}={value!r}: must be a number above {least:g}")
-    return float(value)
-
-
 def batch_error(
     batches: Sequence[float],  # (K,) the batch size of each step
     lr: float,  # eta, below 2
+    distance: float,  # e_0, the squared distance from the minimum
     noise: float,  # V, the variance of a sample's gradient, summed over coordinates
-    start: float,  # e_0, the squared distance from the minimum
 ) -> float:  # e_K
     "The expected squared distance after steps with these batches, (2), unrolled."
     b = np.asarray(batches, dtype=float)
     if b.ndim != 1 or not (b > 0).all():
         raise ValueError(f"batches must be positive numbers, one a step, got {batches!r}")
-    a, K = _positive(lr, "lr"), len(b)
+    a, K = number(lr, "lr", above=True), len(b)
     if a >= 2:
         raise ValueError(f"lr={lr!r}: must be below 2, or the steps diverge")
     kept = (1 - a) ** (2.0 * np.arange(K - 1, -1, -1))  # of the noise of each step
-    first = (1 - a) ** (2 * K) * _positive(start, "start")
-    return float(first + a**2 * _positive(noise, "noise") * (kept / b).sum())
+    first = (1 - a) ** (2 * K) * number(distance, "distance", above=True)
+    return float(first + a**2 * number(noise, "noise", above=True) * (kept / b).sum())
 
 
 def best_batches(
@@ -96,9 +90,8 @@ def best_batches(
     lr: float,  # eta, below 1
 ) -> np.ndarray:  # (K,) not rounded
     "The batches with the least error (3): each is larger than the last by 1 / (1 - lr)."
-    if isinstance(steps, bool) or not isinstance(steps, numbers.Integral) or steps < 1:
-        raise ValueError(f"steps={steps!r}: must be a positive integer")
-    a, n = _positive(lr, "lr"), _positive(samples, "samples")
+    steps = whole(steps, "steps")
+    a, n = number(lr, "lr", above=True), number(samples, "samples", above=True)
     if a >= 1:
         raise ValueError(f"lr={lr!r}: must be below 1")
     grown = (1 - a) ** np.arange(steps - 1, -1, -1.0)
@@ -114,9 +107,8 @@ def restricted_risk(
     "The expected squared error of least squares within a subspace, (4)."
     if n <= dim + 1:
         raise ValueError(f"n={n!r}: must be above dim + 1 = {dim + 1}, or the mean is infinite")
-    if not (math.isfinite(missed) and missed >= 0):
-        raise ValueError(f"missed={missed!r}: must be a number of at least 0")
-    noise = _positive(noise, "noise")
+    missed = number(missed, "missed")
+    noise = number(noise, "noise", above=True)
     return float(missed + (noise + missed) * dim / (n - dim - 1))
 
 # %% ../../nbs/adaptive/700_introduction.ipynb #790e955f
@@ -128,8 +120,7 @@ def vote_accuracy(
     P = np.asarray(law, dtype=float)
     if P.ndim != 2 or (P < 0).any() or not np.allclose(P.sum(1), 1):
         raise ValueError(f"law must have rows that sum to 1, got {law!r}")
-    if isinstance(votes, bool) or not isinstance(votes, numbers.Integral) or votes < 0:
-        raise ValueError(f"votes={votes!r}: must be an integer of at least 0")
+    votes = whole(votes, "votes", 0)
     total = 0.0
     for counts in product(range(votes + 1), repeat=P.shape[1]):
         if sum(counts) == votes:
@@ -145,7 +136,6 @@ def expected_best(
     from scipy.integrate import quad
     from scipy.stats import norm
 
-    if isinstance(m, bool) or not isinstance(m, numbers.Integral) or m < 1:
-        raise ValueError(f"m={m!r}: must be a positive integer")
+    m = whole(m, "m")
     f = lambda z: z * m * math.exp(norm.logpdf(z) + (m - 1) * norm.logcdf(z))
     return float(quad(f, -10, 40, points=[0, 5], limit=200)[0])

@@ -300,10 +300,18 @@ class _Tensors:
         idx = torch.cat(out)[self.acc.process_index :: world].to(self.data[0].device)
         return self.make([d[idx].to(self.acc.device) for d in self.data]), b
 
-    def state(self):
-        return {"pos": self.pos}
+    def state(self):  # a batch_size that remembers something has a state of its own
+        own = getattr(self.batch_size, "state_dict", None)
+        return {"pos": self.pos} | ({"batch_size": own()} if own else {})
 
     def resume(self, s):
+        if "batch_size" in s:
+            if not hasattr(self.batch_size, "load_state_dict"):
+                raise ValueError(
+                    f"its batch_size had a state, batch_size={self.batch_size!r} of this run has"
+                    " no load_state_dict"
+                )
+            self.batch_size.load_state_dict(s["batch_size"])
         self.pos = s["pos"]
 
 # %% ../../nbs/core/005_training.ipynb #947398e3

@@ -28,7 +28,7 @@ from diffkit.adaptive.adadagrad import (
     norm_test,
     orthogonality_test,
     per_sample_grads,
-    quadratic_risk,
+    batch_error,
     without_replacement,
 )
 from diffkit.core.training import fit
@@ -337,19 +337,29 @@ def test_a_broken_run_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters()))
 
 
-def test_a_new_sizer_does_not_go_on_in_silence(tmp_path):
-    def go(steps, state=None):
-        sizer = BatchSizer(8, 100, every=2)
-        if state:
-            sizer.load_state_dict(json.loads(json.dumps(state)))
-        fit(net(), sizer.watch(loss), data(), steps, batch_size=sizer, progress=False,
-            checkpoint=tmp_path / "run")  # fmt: skip
-        return sizer
+def test_a_broken_run_goes_on_with_tensors_too(tmp_path):
+    def go(steps, file, sizer):
+        model = net()
+        fit(model, sizer.watch(loss), data(130), steps, batch_size=sizer, progress=False,
+            checkpoint=tmp_path / file)  # fmt: skip
+        return model, sizer
 
-    state = go(5).state_dict()
-    with pytest.raises(ValueError, match="asked for step 5, but this sizer stands at step 0"):
-        go(9)
-    assert go(9, state).step == 9
+    sizer = lambda: BatchSizer(6, 90, every=2, eta=0.9)
+    whole, want = go(30, "whole", sizer())
+    go(13, "broken", sizer())
+    model, got = go(30, "broken", sizer())
+    assert got.history == want.history and len(want.history) > 1 and want.size > 6
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), model.parameters()))
+    with pytest.raises(ValueError, match="batch_size=<function.* has no load_state_dict"):
+        fit(net(), loss, data(130), 40, batch_size=lambda step: 64, progress=False,
+            checkpoint=tmp_path / "broken")  # fmt: skip
+
+
+def test_a_new_sizer_does_not_go_on_in_silence():
+    sizer = BatchSizer(8, 100, every=2)
+    fit(net(), sizer.watch(loss), data(), 5, batch_size=sizer, progress=False)
+    with pytest.raises(ValueError, match="asked for step 0, but this sizer stands at step 5"):
+        fit(net(), sizer.watch(loss), data(), 5, batch_size=sizer, progress=False)
 
 
 def test_sampler():
@@ -502,7 +512,7 @@ def test_best_schedule_is_the_best_of_all(budget, lr, far, noise, least):
             best[n] = min(ways)
     got = best_schedule(budget, lr, far, noise, least)
     assert sum(got) == budget and min(got) >= least
-    assert quadratic_risk(got, lr, far, noise) == pytest.approx(best[budget], rel=1e-12)
+    assert batch_error(got, lr, far, noise) == pytest.approx(best[budget], rel=1e-12)
 
 
 def test_risk_is_what_sgd_does():
@@ -511,7 +521,7 @@ def test_risk_is_what_sgd_does():
     for k, b in enumerate(sizes):
         a = normal(runs, b, 1, seed=k)
         x = x - lr * (x - a.mean(1))
-    want = quadratic_risk(sizes, lr, 4.0, 1.0)
+    want = batch_error(sizes, lr, 4.0, 1.0)
     assert float(x.square().mean()) == pytest.approx(want, rel=0.03)  # three standard errors
 
 
@@ -520,11 +530,11 @@ def test_exact_norm_test_is_the_oracle():
     d = far
     for _ in range(20):  # in real numbers: sizes by the test with eta^2 = (1 - lr) / lr
         b = 1.0 / (d * (1 - lr) / lr)
-        d, n = quadratic_risk([b], lr, d, 1.0), n + b
+        d, n = batch_error([b], lr, d, 1.0), n + b
     assert d == pytest.approx(1 / (1 / far + n), rel=1e-12)  # the best average of start and samples
     # no schedule in whole numbers does better with as many samples
     whole = best_schedule(round(n), lr, far, 1.0)
-    assert 1 / (1 / far + round(n)) <= quadratic_risk(whole, lr, far, 1.0) < 1.001 * d
+    assert 1 / (1 / far + round(n)) <= batch_error(whole, lr, far, 1.0) < 1.001 * d
 
 
 # --- errors

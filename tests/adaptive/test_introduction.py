@@ -28,10 +28,10 @@ few = settings(max_examples=40, deadline=None, derandomize=True)
     st.integers(0, 99),
 )
 def test_no_other_batches_beat_the_best(steps, lr, noise, start, seed):
-    best = batch_error(best_batches(100, steps, lr), lr, noise, start)
+    best = batch_error(best_batches(100, steps, lr), lr, start, noise)
     other = np.random.default_rng(seed).dirichlet(np.ones(steps)) * 100 + 1e-6
     # each of the others has 1e-6 samples more
-    assert best <= batch_error(other, lr, noise, start) * (1 + 1e-6)
+    assert best <= batch_error(other, lr, start, noise) * (1 + 1e-6)
     assert 1 / best <= 1 / start + 100 / noise + 1e-9  # precisions: nobody does better
 
 
@@ -40,7 +40,7 @@ def test_batches_against_a_simulation():
     b, x = [2, 5, 9], np.full(200_000, 3.0)  # one coordinate
     for size in b:
         x += 0.4 * (rng.normal(size=x.shape) * math.sqrt(4 / size) - x)
-    want = batch_error(b, 0.4, 4.0, 9.0)
+    want = batch_error(b, 0.4, 9.0, 4.0)
     assert abs((x**2).mean() - want) < 4 * (x**2).std() / len(x) ** 0.5  # four standard errors
 
 
@@ -75,7 +75,7 @@ def test_share_signs_and_one_number():
         (lambda: share_of_gain([1, 2], [1, 2], 0, level=True), "level=True"),
         (lambda: batch_error([1, -1], 0.1, 1, 1), "batches must be positive"),
         (lambda: batch_error([1], True, 1, 1), "lr=True"),
-        (lambda: batch_error([1], 0.1, math.nan, 1), "noise=nan"),
+        (lambda: batch_error([1], 0.1, 1, math.nan), "noise=nan"),
         (lambda: best_batches(10, 2.5, 0.1), "steps=2.5"),
         (lambda: restricted_risk(0.0, 1.0, 2, 9), "noise=0.0"),
         (lambda: vote_accuracy([0.5, 0.5], 1), "rows that sum to 1"),
