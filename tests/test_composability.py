@@ -106,10 +106,10 @@ ARGUMENTS = {
     "stitched": lambda p, steps: stitch([bad(p), exact(MIX, p)], 0.5),
 }
 # a threshold below 1 has an error of its own, however many the steps
-GIVEN = {"adaptive": {"threshold": 1.0}}
+GIVEN = {"adaptive_cfg": {"threshold": 1.0}}
 # they decide by the steps of a grid, which an adaptive integrator does not have; so set, both are
 # cfg
-PATHLESS = ("adaptive", "policy")
+PATHLESS = ("adaptive_cfg", "policy")
 VARIANTS = {
     "FKC": [
         {"missing": "ignore", "groups": torch.arange(36) % 3},
@@ -242,7 +242,7 @@ def test_the_search_finds_what_is_known():
         "classifier_guidance",
         "threshold",
         "apg",
-        "adaptive",
+        "adaptive_cfg",
         "policy",
         "pag",
         "minority",

@@ -28,7 +28,7 @@ from ..core.sampling import DDIM, Solver, sample
 from .apg import _same, _wide
 
 # %% auto #0
-__all__ = ['RULES', 'cosine', 'AdaptiveGuidance', 'adaptive', 'Alignment', 'alignment',
+__all__ = ['RULES', 'cosine', 'AdaptiveGuidance', 'adaptive_cfg', 'Alignment', 'alignment',
            'check_plan', 'Policy', 'policy', 'linear_plan', 'LinearAG']
 
 # %% ../../nbs/guidance/301_adaptive_guidance.ipynb #7a67caab
@@ -214,7 +214,7 @@ class AdaptiveGuidance(_PerTrajectory):
         return out
 
 # %% ../../nbs/guidance/301_adaptive_guidance.ipynb #24ca12e6
-def adaptive(
+def adaptive_cfg(
     denoiser: Denoiser,  # the model to guide
     # 1 is off, as for cfg; a number, one a sample (B,), or a function of time
     scale: float | torch.Tensor | Callable,
@@ -248,8 +248,8 @@ class Alignment(NamedTuple):
 
     def guided(
         self,
-        threshold: float,  # as for `adaptive`
-        after: float = 0.0,  # as for `adaptive`
+        threshold: float,  # as for `adaptive_cfg`
+        after: float = 0.0,  # as for `adaptive_cfg`
     ) -> torch.Tensor:  # (B,) integers
         """At how many times each sample would be guided: exact, since until it leaves it walks
         the path of full guidance."""
@@ -263,7 +263,7 @@ class Alignment(NamedTuple):
     def suggest(
         self,
         saved: float = 0.25,  # share of all evaluations; the paper's is a quarter
-        after: float = 0.0,  # as for `adaptive`
+        after: float = 0.0,  # as for `adaptive_cfg`
     ) -> float:
         "The highest threshold that saves at least so much."
         most = self.saved(-1.0, after)
@@ -306,12 +306,12 @@ def alignment(
     scale: float | torch.Tensor | Callable = 1.0,
     space: str = "x0",  # where the angle is taken
     uncond: dict | None = None,  # a negative prompt; default: the model's null
-    bad: Denoiser | None = None,  # as for `adaptive`
+    bad: Denoiser | None = None,  # as for `adaptive_cfg`
     solver: Solver | None = None,  # default: DDIM()
 ) -> Alignment:
     """Sample once with full guidance and report the cosines, to choose a threshold by: 2
     evaluations a step."""
-    probe = adaptive(denoiser, scale, 1.0, space, uncond=uncond, bad=bad)
+    probe = adaptive_cfg(denoiser, scale, 1.0, space, uncond=uncond, bad=bad)
     probe.off = None  # look also where the scale is 1
     sample(probe, DDIM() if solver is None else solver, x, grid, cond=cond, progress=False)
     t, cos, _ = zip(*probe.history)

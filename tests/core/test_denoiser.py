@@ -80,7 +80,7 @@ def test_one_row_holds_for_all_samples():
 GUIDANCE = {
     "cfg": lambda d, u: dk.cfg(d, torch.linspace(1.5, 4, 6), uncond=u),
     "apg": lambda d, u: dk.apg(d, 4.0, uncond=u),
-    "adaptive": lambda d, u: dk.adaptive(d, torch.linspace(1.5, 4, 6), 0.9, uncond=u),
+    "adaptive": lambda d, u: dk.adaptive_cfg(d, torch.linspace(1.5, 4, 6), 0.9, uncond=u),
     "interval": lambda d, u: dk.cfg(d, 3.0, uncond=u, interval=(0.2, 0.8)),
 }
 
@@ -275,7 +275,7 @@ def test_networks_that_return_more_than_a_tensor():
 MAKERS = dict(
     cfg=lambda **kw: dk.cfg(net(null=rows(1)), **kw),
     apg=lambda **kw: dk.apg(net(null=rows(1)), **kw),
-    adaptive=lambda **kw: dk.adaptive(net(null=rows(1)), **kw),
+    adaptive=lambda **kw: dk.adaptive_cfg(net(null=rows(1)), **kw),
     contrast=lambda **kw: dk.contrast(net(), net(), **kw),
     classifier=lambda **kw: dk.classifier_guidance(net(), lambda x, t: x.sum(1), **kw),
 )

@@ -20,7 +20,7 @@ from diffkit.core.sampling import DDIM, Ancestral, Heun, sample
 from diffkit.guidance.adaptive_guidance import (
     Alignment,
     LinearAG,
-    adaptive,
+    adaptive_cfg,
     alignment,
     check_plan,
     cosine,
@@ -140,7 +140,7 @@ def test_as_by_hand(process, space, threshold):
     ):
         x = randn(8, 2) * process.sigma(process.t_max)
         want, evals = by_hand(d, 3.0, threshold, space, x, label, grid)
-        guided = adaptive(d, 3.0, threshold, space)
+        guided = adaptive_cfg(d, 3.0, threshold, space)
         with count_evals(guided) as n:
             assert_close(run(guided, None, x, label, grid), want, rtol=1e-7, atol=1e-7)
         assert n.rows / 8 == evals
@@ -153,18 +153,18 @@ def test_threshold_one_is_cfg_to_the_last_bit(solver):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 assert torch.equal(
-                    run(adaptive(d, 4.0, 1.0, **kwargs), solver),
+                    run(adaptive_cfg(d, 4.0, 1.0, **kwargs), solver),
                     run(cfg(d, 4.0, **{k: v for k, v in kwargs.items() if k != "space"}), solver),
                 )
     assert torch.equal(
-        run(adaptive(net(), lambda t: 1 + 3 * t, 1.0), solver),
+        run(adaptive_cfg(net(), lambda t: 1 + 3 * t, 1.0), solver),
         run(cfg(net(), lambda t: 1 + 3 * t), solver),
     )
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_counts_and_memory_under_every_solver(solver):
-    d = adaptive(MixtureDenoiser(ring(), VP()), 4.0, 0.8)
+    d = adaptive_cfg(MixtureDenoiser(ring(), VP()), 4.0, 0.8)
     with warnings.catch_warnings(), count_evals(d) as n:
         warnings.simplefilter("error")  # no time goes up
         first = run(d, solver)
@@ -184,15 +184,15 @@ def test_counts_and_memory_under_every_solver(solver):
 def test_extremes():
     d = net()
     for th, rows in ((-1.0, 13), (1.0, 24)):
-        g = adaptive(d, 4.0, th)
+        g = adaptive_cfg(d, 4.0, th)
         with count_evals(g) as n:
             run(g)
         assert n.rows == 8 * rows
-    g = adaptive(d, 1.0, -1.0)
+    g = adaptive_cfg(d, 1.0, -1.0)
     with count_evals(g) as n:
         out = run(g)
     assert torch.equal(out, run(d)) and n.rows == 96 and g.history == []
-    g = adaptive(d, 4.0, -1.0, after=0.5)
+    g = adaptive_cfg(d, 4.0, -1.0, after=0.5)
     run(g)
     # the first time at or below one half is the last guided one
     assert [bool(h[2].all()) for h in g.history] == [float(h[0]) > 0.5 - 1 / 12 for h in g.history]
@@ -200,7 +200,7 @@ def test_extremes():
 
 def test_after_per_time():
     "At times above 1 - after nobody leaves, whatever the cosine."
-    g = adaptive(net(), 4.0, -1.0, after=0.5)
+    g = adaptive_cfg(net(), 4.0, -1.0, after=0.5)
     x, label = randn(4, 2), torch.arange(4)
     for t, on in ((0.9, 4), (0.6, 4), (0.5, 4), (0.4, 0)):
         g(x, t, label=label)
@@ -210,18 +210,18 @@ def test_after_per_time():
 def test_scale_per_sample_and_in_time():
     w = torch.tensor([1.0, 3.0, 1.0, 5.0], dtype=F64)
     x, label = randn(4, 2), torch.arange(4) + 1
-    out = run(adaptive(net(), w, 0.8), None, x, label)
+    out = run(adaptive_cfg(net(), w, 0.8), None, x, label)
     for i in range(4):
         assert_close(
             out[i : i + 1],
-            run(adaptive(net(), w[i].item(), 0.8), None, x[i : i + 1], label[i : i + 1]),
+            run(adaptive_cfg(net(), w[i].item(), 0.8), None, x[i : i + 1], label[i : i + 1]),
         )
-    g = adaptive(net(), lambda t: 4.0 if t > 0.5 else 1.0, 1.0)
+    g = adaptive_cfg(net(), lambda t: 4.0 if t > 0.5 else 1.0, 1.0)
     with count_evals(g) as n:
         assert_close(run(g), run(cfg(net(), lambda t: 4.0 if t > 0.5 else 1.0)))
     assert n.rows == 8 * (12 + (time_grid(VP(), 12)[:-1] > 0.5).sum())
     with pytest.raises(ValueError, match="one entry a sample"):
-        adaptive(net(), w, 0.8)(randn(3, 2), 0.5, label=torch.arange(3))
+        adaptive_cfg(net(), w, 0.8)(randn(3, 2), 0.5, label=torch.arange(3))
 
 
 def test_times_per_sample():
@@ -230,7 +230,7 @@ def test_times_per_sample():
     )
     x, y = randn(4, 2), torch.arange(4)
     for d in (MixtureDenoiser(ring(), VP()), net()):
-        whole, single = adaptive(d, 4.0, 0.7), [adaptive(d, 4.0, 0.7) for _ in range(4)]
+        whole, single = adaptive_cfg(d, 4.0, 0.7), [adaptive_cfg(d, 4.0, 0.7) for _ in range(4)]
         for t in ts:
             assert_close(
                 whole(x, t, label=y).x0,
@@ -253,7 +253,7 @@ def test_negative_prompt_and_other_conditions():
     # prompts of different lengths
     x, text, neg = randn(6, 2), randn(6, 5, 3), randn(6, 7, 3, seed=1)
     for th in (1.0, 0.5):
-        g = adaptive(d, 3.0, th, uncond={"text": neg})
+        g = adaptive_cfg(d, 3.0, th, uncond={"text": neg})
         out = sample(
             g,
             DDIM(),
@@ -281,8 +281,8 @@ def test_negative_prompt_and_other_conditions():
 
 def test_away_from_a_bad_denoiser():
     good, bad = MixtureDenoiser(ring(), VP()), MixtureDenoiser(ring(scale=0.4), VP())
-    assert_close(run(adaptive(good, 3.0, 1.0, bad=bad)), run(contrast(good, bad, 2.0)))
-    g = adaptive(good, 3.0, 0.9999, bad=bad)
+    assert_close(run(adaptive_cfg(good, 3.0, 1.0, bad=bad)), run(contrast(good, bad, 2.0)))
+    g = adaptive_cfg(good, 3.0, 0.9999, bad=bad)
     with count_evals(g) as n:
         run(g)
     assert n.rows == 96 + torch.stack([h[2] for h in g.history]).sum()
@@ -291,18 +291,23 @@ def test_away_from_a_bad_denoiser():
 @pytest.mark.parametrize("solver", [DDIM(), Heun(), DPMSolverPP(2)], ids=repr)
 def test_nested(solver):
     base, y = net(), torch.arange(8) + 1
-    inner = lambda b: run(cfg(adaptive(base, 4.0, 0.8), 2.0, batched=b), solver, None, y)
+    inner = lambda b: run(cfg(adaptive_cfg(base, 4.0, 0.8), 2.0, batched=b), solver, None, y)
     assert_close(inner(True), inner(False))
     assert_close(
-        run(adaptive(apg(base, 2.0, 1.0), 3.0, 1.0), solver, None, y),
+        run(adaptive_cfg(apg(base, 2.0, 1.0), 3.0, 1.0), solver, None, y),
         run(cfg(cfg(base, 2.0), 3.0), solver, None, y),
     )
-    assert torch.isfinite(run(apg(adaptive(base, 3.0, 0.8), 2.0), solver, None, y)).all()
+    assert torch.isfinite(run(apg(adaptive_cfg(base, 3.0, 0.8), 2.0), solver, None, y)).all()
 
 
 def test_two_conditions_are_two_trajectories():
-    g, x, y, z = adaptive(net(), 4.0, 0.5), randn(4, 2), torch.arange(4) + 1, torch.arange(4) + 5
-    alone = {k: adaptive(net(), 4.0, 0.5) for k in "yz"}
+    g, x, y, z = (
+        adaptive_cfg(net(), 4.0, 0.5),
+        randn(4, 2),
+        torch.arange(4) + 1,
+        torch.arange(4) + 5,
+    )
+    alone = {k: adaptive_cfg(net(), 4.0, 0.5) for k in "yz"}
     for t in (0.9, 0.7, 0.5):
         assert torch.equal(g(x, t, label=y).x0, alone["y"](x, t, label=y).x0)
         assert torch.equal(g(x, t, label=z.clone()).x0, alone["z"](x, t, label=z).x0)
@@ -314,7 +319,7 @@ def test_two_conditions_are_two_trajectories():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: adaptive(net(), 4.0, 0.7), lambda: policy(net(), 4.0, ["cfg", "hold"] * 3)],
+    [lambda: adaptive_cfg(net(), 4.0, 0.7), lambda: policy(net(), 4.0, ["cfg", "hold"] * 3)],
     ids=["adaptive", "policy"],
 )
 def test_the_memory_follows_a_resampling(make):
@@ -344,8 +349,8 @@ def test_the_memory_follows_a_resampling(make):
 
 def test_own_loop_warns_once_and_starts_afresh():
     g, fresh, x, y = (
-        adaptive(net(), 4.0, 0.5),
-        adaptive(net(), 4.0, 0.5),
+        adaptive_cfg(net(), 4.0, 0.5),
+        adaptive_cfg(net(), 4.0, 0.5),
         randn(8, 2),
         torch.arange(8),
     )
@@ -356,7 +361,7 @@ def test_own_loop_warns_once_and_starts_afresh():
                 assert torch.equal(g(x, t, label=y).x0, w)
     assert len(seen) == 1 and len(g.history) == 3
     # a condition without rows
-    g = adaptive(
+    g = adaptive_cfg(
         NetDenoiser(lambda x, t, k=1.0: torch.sin(k * x), VP(), "v"), 4.0, 0.5, uncond={"k": 2.0}
     )
     g(x, 0.9)
@@ -365,7 +370,7 @@ def test_own_loop_warns_once_and_starts_afresh():
 
 
 def test_state_is_not_saved_and_is_copied():
-    inner = adaptive(net(), 4.0, 0.5)
+    inner = adaptive_cfg(net(), 4.0, 0.5)
     outer = cfg(inner, 2.0)
     outer(randn(4, 2), 0.9, label=torch.arange(4))
     assert inner.memories and inner.state_dict() == outer.state_dict() == {}
@@ -375,7 +380,7 @@ def test_state_is_not_saved_and_is_copied():
 
 
 def test_float32_and_gradients_and_empty():
-    for d in (adaptive(net(), 4.0, 0.7), policy(net(), 4.0, ["cfg", "hold", "cond", "cond"])):
+    for d in (adaptive_cfg(net(), 4.0, 0.7), policy(net(), 4.0, ["cfg", "hold", "cond", "cond"])):
         out = run(d, None, randn(5, 2, dtype=torch.float32), None, time_grid(VP(), 4))
         assert out.dtype == torch.float32
         assert_close(
@@ -416,18 +421,18 @@ def test_float32_and_gradients_and_empty():
 )
 def test_bad_settings(kwargs, says):
     with pytest.raises(ValueError, match=says):
-        adaptive(net(), 3.0, **kwargs)
+        adaptive_cfg(net(), 3.0, **kwargs)
 
 
 def test_bad_models():
     with pytest.raises(TypeError, match="NetDenoiser"):
-        adaptive(torch.nn.Linear(2, 2), 3.0)
+        adaptive_cfg(torch.nn.Linear(2, 2), 3.0)
     with pytest.raises(TypeError, match="bad must be"):
-        adaptive(net(), 3.0, bad=torch.nn.Linear(2, 2))
+        adaptive_cfg(net(), 3.0, bad=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="one process"):
-        adaptive(net(), 3.0, bad=net(Flow()))
+        adaptive_cfg(net(), 3.0, bad=net(Flow()))
     with pytest.raises(ValueError, match="what unconditional means"):
-        adaptive(NetDenoiser(lambda x, t: x, VP()), 3.0)(randn(2, 2), 0.5)
+        adaptive_cfg(NetDenoiser(lambda x, t: x, VP()), 3.0)(randn(2, 2), 0.5)
 
 
 # --- which threshold
@@ -466,7 +471,7 @@ def test_alignment_by_brute_force(seed, threshold, after):
 def test_the_forecast_is_exact(threshold):
     d = MixtureDenoiser(ring(), VP())
     a = alignment(d, randn(8, 2), time_grid(VP(), 12), {"label": torch.arange(8)}, 4.0)
-    g = adaptive(d, 4.0, threshold)
+    g = adaptive_cfg(d, 4.0, threshold)
     run(g)
     assert torch.stack([h[2] for h in g.history]).sum(0).tolist() == a.guided(threshold).tolist()
     assert "saves" in repr(a)

@@ -4,7 +4,7 @@ guidance in a pipeline of another form."""
 
 import pytest
 import torch
-from diffkit import adaptive, apg, cfg, pag, perturb_attention
+from diffkit import adaptive_cfg, apg, cfg, pag, perturb_attention
 from diffkit.core.adapters import guide_pipeline, random_pipeline
 from diffkit.core.denoiser import CFG, Prediction
 from torch.testing import assert_close
@@ -108,7 +108,7 @@ def test_cfg_is_the_pipelines_own(family):
     "guidance",
     [
         lambda d: apg(d, SCALE, beta=-0.5),
-        lambda d: adaptive(d, SCALE, 0.99),
+        lambda d: adaptive_cfg(d, SCALE, 0.99),
         lambda d: cfg(d, SCALE, interval=(0.4, 0.9)),
     ],
     ids=["apg", "adaptive", "interval"],
@@ -202,7 +202,7 @@ def pag_layers(model, layers):
         lambda d: cfg(d, SCALE),
         lambda d: cfg(d, SCALE, interval=(0.3, 0.8)),
         lambda d: apg(d, SCALE, beta=-0.5),
-        lambda d: adaptive(d, SCALE),
+        lambda d: adaptive_cfg(d, SCALE),
         lambda d: pag(d, 3.0, "mid_block", cfg_scale=SCALE),
     ],
     ids=["cfg", "interval", "apg", "adaptive", "pag"],

@@ -12,7 +12,7 @@ from diffkit.core.adapters import (
 from diffkit.core.denoiser import cfg, count_evals
 from diffkit.core.process import time_grid
 from diffkit.core.sampling import DDIM, sample
-from diffkit.guidance.adaptive_guidance import adaptive, policy
+from diffkit.guidance.adaptive_guidance import adaptive_cfg, policy
 from diffkit.guidance.apg import apg
 from diffkit.guidance.pag import pag
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
@@ -100,7 +100,7 @@ def test_apg_is_diffusers_guider_on_raw_outputs(pipe):
 
 
 def test_adaptive_guidance_that_never_stops_is_the_pipelines_cfg(pipe):
-    assert_close(ours(adaptive(model(pipe), SCALE, threshold=1.0)), theirs(pipe), **TOL)
+    assert_close(ours(adaptive_cfg(model(pipe), SCALE, threshold=1.0)), theirs(pipe), **TOL)
 
 
 def test_guidance_cut_off_after_some_steps_as_a_pipeline_callback_does(pipe):
@@ -167,7 +167,7 @@ def test_every_guidance_under_the_scheduler_of_a_pipeline(pipe):
         want = theirs(pipe)
     finally:
         pipe.scheduler = own
-    for guided in (cfg(d, SCALE), apg(d, SCALE, eta=1.0), adaptive(d, SCALE, threshold=1.0)):
+    for guided in (cfg(d, SCALE), apg(d, SCALE, eta=1.0), adaptive_cfg(d, SCALE, threshold=1.0)):
         assert_close(ours(guided, DPMSolverPP(order=2)), want, **TOL)
 
 
@@ -176,7 +176,7 @@ GUIDANCES = {
     "cfg": lambda d: cfg(d, SCALE),
     "cfg in an interval": lambda d: cfg(d, SCALE, interval=(0.3, 0.8)),
     "apg": lambda d: apg(d, SCALE, eta=0.0, r=4.0, beta=-0.5),
-    "adaptive": lambda d: adaptive(d, SCALE, threshold=0.99),
+    "adaptive": lambda d: adaptive_cfg(d, SCALE, threshold=0.99),
     "pag": lambda d: pag(d, 3.0, layers=["mid_block.attentions.0"]),
 }
 

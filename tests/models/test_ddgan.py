@@ -25,7 +25,7 @@ from diffkit.core.denoiser import (
 )
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, time_grid
 from diffkit.core.sampling import DDIM, Ancestral, Euler, EulerMaruyama, Heun, sample, trace
-from diffkit.guidance.adaptive_guidance import adaptive
+from diffkit.guidance.adaptive_guidance import adaptive_cfg
 from diffkit.guidance.apg import apg
 from diffkit.models.ddgan import (
     DDGAN,
@@ -376,7 +376,7 @@ WRAPPERS = {
     "contrast": lambda d: contrast(d, MixtureDenoiser(LINE, d.process), 0.5),
     "classifier": lambda d: classifier_guidance(d, lambda x, t: x[:, 0]),
     "apg": lambda d: apg(d, 2.0, uncond={}),
-    "adaptive": lambda d: adaptive(d, 2.0, uncond={}),
+    "adaptive": lambda d: adaptive_cfg(d, 2.0, uncond={}),
     "threshold": threshold,
     "epsilon_scale": epsilon_scale,
     "Counter": Counter,
