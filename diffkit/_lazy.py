@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import inspect
 
+# in the order of their numbers: of two modules with one name the earlier chapter keeps it
+CHAPTERS = ("core", "models", "solvers", "guidance", "distill", "nas", "causal", "adaptive")
 LISTED = "\n\nParameters\n----------\n"  # where the list begins: numpy's form, which IDEs know
 
 
@@ -26,7 +28,9 @@ def public_names(
         for m, s in d["syms"].items()
         if m.startswith(package + ".") and m.split(".")[1] not in ("cli", "site")
     }
-    for module in sorted(below, key=lambda m: (not m.startswith("diffkit.core."), m)):
+    place = {f"diffkit.{c}": i for i, c in enumerate(CHAPTERS)}
+    chapter = lambda m: place.get(m.rsplit(".", 1)[0], len(place))
+    for module in sorted(below, key=lambda m: (chapter(m), m)):
         names = {k[len(module) + 1 :] for k in below[module]}
         names = sorted(n for n in names if "." not in n and not n.startswith("_"))
         out[module[len(package) + 1 :]] = [n for n in names if n not in taken]

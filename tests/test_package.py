@@ -174,3 +174,25 @@ def test_pins_leave_older_pythons_alone():
             holds = pin.marker is None or pin.marker.evaluate({"python_full_version": python})
             assert not holds or asks.contains(python), f"{pin} on Python {python} asks for {asks}"
     assert checked > 50
+
+
+def test_of_two_modules_with_one_name_the_earlier_chapter_keeps_it():
+    "A new chapter takes no name away; its own is reached by the long path."
+    import diffkit
+    from diffkit.adaptive import drm, madaug
+
+    for name, home, other in (
+        ("calibrate", "diffkit.distill.ptq4dm", drm),
+        ("Policy", "diffkit.guidance.adaptive_guidance", madaug),
+        ("saved_bytes", "diffkit.solvers.adjoint_dpm", None),
+    ):
+        assert getattr(diffkit, name).__module__ == home
+        assert other is None or getattr(other, name).__module__ == other.__name__
+
+
+def test_every_chapter_has_a_place_in_the_order():
+    from diffkit._lazy import CHAPTERS
+
+    nbs = Path(__file__).parents[1] / "nbs"
+    folders = {p.parent.name for p in nbs.glob("*/*.ipynb")}
+    assert folders - {"benchmarks"} <= set(CHAPTERS)
