@@ -18,8 +18,8 @@ from diffkit.core.records import notebook_code
 
 # not among the requirements of settings.ini
 OPTIONAL = (
-    "diffusers transformers sklearn mlxtend ot networkx pandas nbdev nbclient nbformat ipykernel"
-    " IPython ipywidgets jupyterlab execnb smalldocs torchvision dagma castle torchdiffeq"
+    "diffusers transformers sklearn mlxtend ot networkx pandas zuko nbdev nbclient nbformat"
+    " ipykernel IPython ipywidgets jupyterlab execnb smalldocs torchvision dagma castle torchdiffeq"
 ).split()
 HIDE = f"""
 import importlib.abc
