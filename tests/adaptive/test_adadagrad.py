@@ -639,3 +639,8 @@ def test_half_precision_of_autocast_stays_out_of_the_statistics():
     got = torch.cat([p.grad.flatten() for p in model.parameters()])
     # eight bits in the passes through the network, not in the sums over samples
     torch.testing.assert_close(got, each.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_the_best_schedule_spends_what_is_left_of_a_tie():
+    got = best_schedule(10, 1e-9, 1.0, 1.0, least=3)  # weights so equal that sizes rise together
+    assert sum(got) == 10 and max(got) - min(got) <= 1
