@@ -196,3 +196,22 @@ def test_every_chapter_has_a_place_in_the_order():
     nbs = Path(__file__).parents[1] / "nbs"
     folders = {p.parent.name for p in nbs.glob("*/*.ipynb")}
     assert folders - {"benchmarks"} <= set(CHAPTERS)
+
+
+def test_every_test_file_has_a_name_of_its_own():
+    # pytest imports a file by its name below the last folder without an __init__.py
+    from collections import Counter
+
+    tests = Path(__file__).parent
+
+    def name(path):
+        parts = [path.stem]
+        folder = path.parent
+        while (folder / "__init__.py").is_file():
+            parts.append(folder.name)
+            folder = folder.parent
+        return ".".join(reversed(parts))
+
+    counts = Counter(name(p) for p in tests.rglob("test_*.py"))
+    assert len(counts) > 50
+    assert not [n for n, k in counts.items() if k > 1]
