@@ -11,7 +11,18 @@ import difflib
 import inspect
 
 # in the order of their numbers: of two modules with one name the earlier chapter keeps it
-CHAPTERS = ("core", "models", "solvers", "guidance", "distill", "nas", "causal", "adaptive")
+CHAPTERS = (
+    "core",
+    "models",
+    "solvers",
+    "guidance",
+    "distill",
+    "nas",
+    "causal",
+    "adaptive",
+    "privacy",
+    "audio",
+)
 LISTED = "\n\nParameters\n----------\n"  # where the list begins: numpy's form, which IDEs know
 
 

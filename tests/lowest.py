@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = ROOT / ".venv-lowest"
-EXTRAS = ("data", "metrics", "causal", "adaptive", "peers", "cluster")
+EXTRAS = ("data", "metrics", "causal", "adaptive", "privacy", "peers", "cluster")
 TOOLS = ("pytest", "pytest-xdist", "hypothesis")
 
 
