@@ -69,7 +69,7 @@ class Domain:
 
 # %% auto #0
 __all__ = ['AAS_BED', 'Domain', 'best_density', 'BoxFlow', 'objective', 'Uniform', 'RAD', 'RAR',
-           'AAS', 'LinearBed', 'bed', 'PINN', 'laplacian', 'PDE', 'Peak', 'History', 'solve']
+           'AAS', 'LinearBed', 'aas_bed', 'PINN', 'laplacian', 'PDE', 'Peak', 'History', 'solve']
 
 # %% ../../nbs/adaptive/704_aas.ipynb #c8bad7bc
 def best_density(
@@ -486,7 +486,7 @@ for _given in AAS_BED.values():
     _given.update(ascents=6, times=2, bins=8)
 
 
-def bed(
+def aas_bed(
     dim: int,  # 2 or 10
     seeds: Sequence[int],
 ) -> dict[str, np.ndarray]:  # relative errors, one a seed: uniform, RAD, RAR, AAS, oracle

@@ -25,7 +25,7 @@ from ..core.training import _Objective, _real, _whole
 # %% auto #0
 __all__ = ['best_schedule', 'Stats', 'merge', 'merge_ranks', 'gradient_stats', 'norm_test',
            'inner_product_test', 'orthogonality_test', 'augmented_test', 'without_replacement',
-           'per_sample_grads', 'BatchSizer', 'AdaptiveBatchSampler', 'AdaGradNorm']
+           'per_sample_grads', 'BatchSizer', 'AdaptiveBatchSampler', 'adadagrad_bed', 'AdaGradNorm']
 
 # %% ../../nbs/adaptive/701_adadagrad.ipynb #fa565fca
 def best_schedule(
@@ -534,6 +534,43 @@ class AdaptiveBatchSampler(torch.utils.data.Sampler):
         "Go on from there."
         self.order, self.at = state["order"], state["at"]
         self.sizer.load_state_dict(state["sizer"])
+
+# %% ../../nbs/adaptive/701_adadagrad.ipynb #653849a7
+#| code-fold: true
+#| code-summary: "The bed: many runs of SGD with the norm test on the quadratic, exact in law"
+def adadagrad_bed(
+    eta: float,  # of the norm test
+    runs: int = 100,
+    seed: int = 0,
+    *,
+    budget: int = 10_000,  # samples of a run
+    lr: float = 0.1,
+    distance: float = 100.0,  # D_0
+    noise: float = 1.0,  # the trace of the covariance of a sample's gradient
+    dim: int = 100,
+    debias: bool = False,  # as in `norm_test`
+    growth: float = math.inf,  # largest factor of one growth
+    exact_test: bool = False,  # the test knows the gradient and the noise
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # D at the end, steps, (runs,); sizes of one run
+    "SGD with the norm test: means and variances of batches are drawn from their laws, not points."
+    r = np.random.default_rng([_count(seed, "seed", 0)])
+    x = np.zeros((_count(runs, "runs"), _count(dim, "dim")))
+    b, left = np.full(runs, 2.0), np.full(runs, float(budget))
+    x[:, 0] = distance**0.5
+    used, sizes = np.zeros(runs), []
+    while (on := left >= b).any():  # a rest is left out: a small last batch would add its noise
+        now = np.where(on, b, 2)
+        grad = x + r.standard_normal(x.shape) * np.sqrt(noise / dim / now)[:, None]
+        trace = noise * r.chisquare(dim * (now - 1)) / (dim * (now - 1))
+        square = (grad**2).sum(1) - debias * trace / now
+        if exact_test:
+            square, trace = (x**2).sum(1), noise
+        ask = np.where(square > 0, trace / eta**2 / np.maximum(square, 1e-12), np.inf)
+        b = np.clip(np.ceil(np.minimum(ask, growth * b)), b, budget)
+        x -= lr * grad * on[:, None]
+        sizes.append(np.where(on, now, np.nan)[0])
+        left, used = left - now * on, used + on
+    return (x**2).sum(1), used, np.array(sizes)
 
 # %% ../../nbs/adaptive/701_adadagrad.ipynb #88a26131
 class AdaGradNorm(torch.optim.Optimizer):

@@ -91,7 +91,7 @@ def to_undirected(
 # %% auto #0
 __all__ = ['NAMES', 'SECOND', 'ATTENTION', 'adjacency', 'to_undirected', 'dsbm', 'cyclic', 'world',
            'Pattern', 'directed_patterns', 'normalize', 'propagate', 'stack', 'Evidence', 'amud',
-           'path_counts', 'expected_r', 'ADPA', 'fit_adpa', 'bed', 'connectome']
+           'path_counts', 'expected_r', 'ADPA', 'fit_adpa', 'amud_bed', 'connectome']
 
 # %% ../../nbs/adaptive/706_amud.ipynb #396a6f84
 def _blocks(sizes, P):
@@ -607,7 +607,7 @@ def fit_adpa(
     return [one.eval() for one in net.split()]
 
 # %% ../../nbs/adaptive/706_amud.ipynb #d343df25
-def bed(
+def amud_bed(
     seeds: Sequence[int],  # one a pair of graphs, a homophilous and a cyclic one
     labelled: float = 0.25,  # share of the nodes
     redirections: int = 0,  # of `amud`; if any, "turned" is the rule with that test

@@ -22,7 +22,7 @@ from ..core.checks import number, one_of, whole
 # %% auto #0
 __all__ = ['HOW', 'STEERINGS', 'LABELS', 'ring', 'best_mixture', 'weigh', 'steer', 'DRM',
            'domain_batches', 'prototypes', 'discriminator', 'fit_heads', 'calibrate', 'choose',
-           'OnlineDRM', 'Gap', 'adaptivity_gap', 'T3A', 'ring_accuracy', 'bed']
+           'OnlineDRM', 'Gap', 'adaptivity_gap', 'T3A', 'ring_accuracy', 'drm_bed']
 
 # %% ../../nbs/adaptive/705_drm.ipynb #c43c9c8a
 def ring(
@@ -544,7 +544,7 @@ def ring_accuracy(
 
 
 @torch.no_grad()
-def bed(
+def drm_bed(
     seed: int,
     target: float | None = None,  # degrees; None: the four sources, mixed 4 : 3 : 2 : 1
     n: int = 50,  # training samples of each source, and half as many held out

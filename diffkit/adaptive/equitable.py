@@ -59,7 +59,7 @@ class PowerLaw:
 
 # %% auto #0
 __all__ = ['STRATEGIES', 'BED', 'PowerLaw', 'Utility', 'utility', 'allocate', 'greedy_allocate',
-           'CurveFit', 'fit_curve', 'History', 'AdaptiveCollector', 'bed', 'Ancestry']
+           'CurveFit', 'fit_curve', 'History', 'AdaptiveCollector', 'equitable_bed', 'Ancestry']
 
 # %% ../../nbs/adaptive/703_equitable.ipynb #289e8310
 @dataclass(frozen=True)
@@ -617,7 +617,7 @@ class AdaptiveCollector:
 BED = (PowerLaw(0.05, 1, 0.9), PowerLaw(0.05, 2, 0.5), PowerLaw(0.05, 4, 0.35))
 
 
-def bed(
+def equitable_bed(
     seed: int,  # of the noise
     strategies: Sequence[str] = STRATEGIES,
     curves: Sequence[PowerLaw] = BED,  # the truth

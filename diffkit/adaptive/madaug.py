@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -20,8 +21,8 @@ from ..core.checks import number as _number
 from ..core.checks import whole as _whole
 
 # %% auto #0
-__all__ = ['OPS', 'affine', 'Op', 'classic_ops', 'augment', 'curriculum', 'Policy', 'mix',
-           'virtual_step', 'MADAug']
+__all__ = ['OPS', 'affine', 'Op', 'classic_ops', 'augment', 'curriculum', 'AugmentBed', 'Policy',
+           'mix', 'virtual_step', 'MADAug']
 
 # %% ../../nbs/adaptive/702_madaug.ipynb #bf36ad60
 def _sample(x, sx, sy, fill):  # x at the pixel places (B, H, W), linear, `fill` outside
@@ -195,6 +196,180 @@ def curriculum(
     "When to augment, eq. (3)."
     rise = math.tanh(_number(epoch, "epoch") / _number(tau, "tau", above=True))
     return min(1.0, rise + _number(floor, "floor", most=1))
+
+# %% ../../nbs/adaptive/702_madaug.ipynb #16444a2e
+#| code-fold: true
+#| code-summary: "The bed: perceptrons and policies side by side"
+_rows = lambda v: v.flatten(0, 1)  # (N, members, ...) -> the members' rows, interleaved
+
+
+class _Nets(nn.Module):  # perceptrons side by side; the last hidden layer are the features
+    def __init__(self, members, seed, hidden, start=2.0):
+        super().__init__()
+        self.members, self.passed = members, 0
+        sizes, g = [64, hidden, hidden, 10], torch.Generator().manual_seed(seed)
+        weight = lambda i, o: (start / i) ** 0.5 * torch.randn(members, i, o, generator=g)
+        self.w = nn.ParameterList(map(nn.Parameter, map(weight, sizes, sizes[1:])))
+        self.b = nn.ParameterList(nn.Parameter(torch.zeros(members, 1, o)) for o in sizes[1:])
+
+    def layers(self, x, last):
+        self.passed += len(x)  # rows that went in
+        h = x.flatten(1).unflatten(0, (-1, self.members)).transpose(0, 1)
+        for i in range(last):
+            h = torch.baddbmm(self.b[i], h.relu() if i else h, self.w[i])
+        return _rows(h.transpose(0, 1))
+
+    def features(self, x):
+        return self.layers(x, 2).relu()
+
+    def forward(self, x):
+        return self.layers(x, 3)
+
+
+class _Policies(nn.Module):  # one policy for each network
+    def __init__(self, members, n, hidden):
+        super().__init__()
+        self.members = members
+        self.w = nn.Parameter(torch.zeros(members, hidden, 2 * n))
+        self.b = nn.Parameter(torch.zeros(members, 1, 2 * n))
+
+    def forward(self, f, temperature=1.0):
+        h = torch.baddbmm(self.b, f.unflatten(0, (-1, self.members)).transpose(0, 1), self.w)
+        h_m, h_p = _rows(h.transpose(0, 1)).chunk(2, -1)
+        return (h_p / temperature).softmax(-1), h_m.sigmoid()
+
+# %% ../../nbs/adaptive/702_madaug.ipynb #7171b487
+#| code-fold: true
+#| code-summary: "The bed: digits, fixed policies and learned ones"
+class AugmentBed:
+    "Digits, some operations that change their label, and perceptrons side by side, one a seed."
+
+    ARMS = ("none", "uniform", "TrivialAugment", "curriculum only", "oracle")
+
+    def __init__(
+        self,
+        seeds: Sequence[int],  # S, a split and a network each
+        harmful: dict[str, Op],  # operations besides five harmless ones
+        turned: bool = True,  # five digits, half of them upside down: ten classes; else ten digits
+        labelled: int = 100,  # training pictures
+        batch: int = 20,
+        hidden: int = 64,  # units of both hidden layers
+        device: str | torch.device = "cpu",
+    ):
+        from diffkit.core.data import digits
+
+        rng = lambda s: torch.Generator().manual_seed(s)
+        self.seeds, (x, y) = list(seeds), digits("all")
+        if turned:
+            kept = torch.tensor([2, 3, 4, 5, 7])
+            x, y = (v[torch.isin(y, kept)] for v in (x, y))
+            c = torch.rand(len(y), generator=rng(self.seeds[0])) < 0.5
+            x = torch.where(c[:, None, None, None], x.flip(2, 3), x)
+            y = torch.bucketize(y, kept) + 5 * c
+        good = {k: OPS[k] for k in ("identity", "rotate", "shift x", "shift y", "zoom")}
+        self.ops, self.good = good | _ops(harmful), len(good)
+        order = torch.stack([torch.randperm(len(x), generator=rng(s)) for s in self.seeds], 1)
+        n = _whole(labelled, "labelled", 1, len(x) - 1)
+        self.x, self.y = (v[order[:n]].to(device) for v in (x, y))  # (labelled, S, ...)
+        self.test = [v[order[n:]].to(device) for v in (x, y)]
+        self.labelled, self.batch, self.hidden, self.device = n, batch, hidden, device
+
+    def _tau(self, steps):  # a sixth of the epochs: 40 of 240 in the code
+        return steps * self.batch / self.labelled / 6
+
+    def _nets(self, arms=1):  # and their optimizer
+        net = _Nets(arms * len(self.seeds), self.seeds[0], self.hidden).to(self.device)
+        return net, torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+
+    def per_class(self, net: nn.Module, arms: int = 1) -> torch.Tensor:
+        "Test accuracies by class, (arms, S, 10)."
+        x, y = self.test
+        with torch.no_grad():
+            out = net(_rows(x.repeat_interleave(arms, 1) if arms > 1 else x))
+        right = out.argmax(1).unflatten(0, (len(x), len(self.seeds), arms)) == y[:, :, None]
+        hot = F.one_hot(y, 10).float()  # (N, S, 10)
+        return torch.einsum("nsa,nsc->asc", right.float(), hot).cpu() / hot.sum(0).cpu()
+
+    def overall(self, by_class: torch.Tensor) -> np.ndarray:  # (..., S, 10) -> (..., S)
+        "Test accuracies from those by class."
+        share = F.one_hot(self.test[1], 10).float().mean(0).cpu()
+        return (by_class * share).sum(-1).numpy()
+
+    def fixed(self, steps: int, arms: Sequence[str] = ARMS) -> tuple[dict, nn.Module]:
+        "Train with fixed policies, all seeds in one run; accuracies by class, and the networks."
+        from diffkit.core.training import fit
+
+        n, A, S, count = len(self.ops), len(arms), len(self.seeds), [0]
+        nothing = F.one_hot(torch.tensor(0), n)
+        special = {"none": nothing, "oracle": torch.arange(n) < self.good}
+        p = torch.stack([special.get(k, torch.ones(n)).float() for k in arms])
+        late = torch.tensor([k == "curriculum only" for k in arms])
+        of = {"uniform": (0.5, 0.0), "curriculum only": (0.2, 0.6)}  # strengths: from, and span
+        low, span = torch.tensor([of.get(k, (0.0, 1.0)) for k in arms]).T[..., None]
+        net, opt = self._nets(A)
+
+        def step(net, b):  # member s * A + a
+            x, y = (_rows(v.repeat_interleave(A, 1)) for v in b)
+            B, now = len(b[0]), p.expand(len(b[0]), S, A, n).clone()
+            share = curriculum(count[0] * self.batch / self.labelled, self._tau(steps))
+            now[int(share * B) :, :, late] = nothing.float()  # not augmented yet
+            m = low + span * torch.rand(B, S, A, n)
+            now, m = (v.reshape(-1, n).to(x.device) for v in (now, m))
+            x = augment(x, now / n, m, self.ops, 1, 0.0)
+            loss = F.cross_entropy(net(x), y)
+            opt.zero_grad()
+            (A * S * loss).backward()
+            opt.step()
+            count[0] += 1
+            return loss
+
+        fit(net, data=(self.x, self.y), steps=steps, seed=self.seeds[0], progress=False, step=step,
+            optimizer=opt, schedule="cosine", ema=None, batch_size=self.batch)  # fmt: skip
+        return dict(zip(arms, self.per_class(net, A))), net
+
+    def learned(
+        self,
+        relax: str,  # as in `MADAug`
+        steps: int,
+        held: int = 0,  # labelled pictures set aside for validation; 0: the same serve
+        look: Callable | None = None,  # look(run, aug, draw) after each step
+        rate: float = 4e-3,  # of the policy
+        decay: float = 1e-3,
+        **how,  # of `MADAug`
+    ) -> tuple[torch.Tensor, float]:  # accuracies by class, and network passes a step
+        "Train with learned policies, all seeds in one run."
+        from diffkit.core.training import fit
+
+        S, n = len(self.seeds), self.labelled - held
+        x, y = self.x[:n], self.y[:n]
+        source = (self.x[n:], self.y[n:]) if held else (x, y)
+
+        def draw():  # validation batches, for ever
+            while True:
+                i = torch.randperm(len(source[0]))[: self.batch]
+                yield tuple(_rows(v[i]) for v in source)
+
+        def summed(out, y, reduction="mean"):  # losses, added: each network has its own gradient
+            return S * F.cross_entropy(out, y, reduction=reduction)
+
+        net, opt = self._nets()
+        policy = _Policies(S, len(self.ops), self.hidden).to(self.device)
+        popt = torch.optim.Adam(policy.parameters(), rate, weight_decay=decay)
+        how = dict(k=1, temperature=0.25, grad="true", tau=self._tau(steps), epoch_size=n * S) | how
+        aug = MADAug(net, policy, net.features, opt, popt, draw(), ops=self.ops, loss=summed,
+                     relax=relax, **how)  # fmt: skip
+
+        def after(run):
+            passed = net.passed
+            look(run, aug, draw)
+            net.passed = passed
+
+        fit(aug, data=(x, y), steps=steps, step=lambda a, b: a.train_step(*map(_rows, b)),
+            optimizer=[opt, popt], schedule=["cosine", "constant"], ema=None, progress=False,
+            batch_size=self.batch, seed=self.seeds[0] + 1,
+            callback=after if look else None)  # fmt: skip
+        passes = net.passed / (S * self.batch * steps)
+        return self.per_class(net)[0], passes
 
 # %% ../../nbs/adaptive/702_madaug.ipynb #dd038861
 class Policy(nn.Module):

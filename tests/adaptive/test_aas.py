@@ -21,7 +21,7 @@ from diffkit.adaptive.aas import (
     LinearBed,
     Peak,
     Uniform,
-    bed,
+    aas_bed,
     best_density,
     laplacian,
     objective,
@@ -441,10 +441,10 @@ def test_bed_operator_and_error():
 
 
 def test_bed_orders_its_methods():
-    found = bed(2, range(70, 76))
+    found = aas_bed(2, range(70, 76))
     assert set(found) == {"uniform", "RAD", "RAR", "AAS", "oracle"}
     for name in ("uniform", "RAD", "RAR", "AAS"):
         assert (found[name] > found["oracle"]).all()
     assert found["AAS"].mean() < 0.9 * found["uniform"].mean()
     with pytest.raises(ValueError, match="dim=3"):
-        bed(3, [0])
+        aas_bed(3, [0])

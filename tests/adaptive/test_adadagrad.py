@@ -18,8 +18,10 @@ from diffkit.adaptive.adadagrad import (
     AdaGradNorm,
     AdaptiveBatchSampler,
     BatchSizer,
+    adadagrad_bed,
     Stats,
     augmented_test,
+    batch_error,
     best_schedule,
     gradient_stats,
     inner_product_test,
@@ -28,7 +30,6 @@ from diffkit.adaptive.adadagrad import (
     norm_test,
     orthogonality_test,
     per_sample_grads,
-    batch_error,
     without_replacement,
 )
 from diffkit.core.training import fit
@@ -644,3 +645,31 @@ def test_half_precision_of_autocast_stays_out_of_the_statistics():
 def test_the_best_schedule_spends_what_is_left_of_a_tie():
     got = best_schedule(10, 1e-9, 1.0, 1.0, least=3)  # weights so equal that sizes rise together
     assert sum(got) == 10 and max(got) - min(got) <= 1
+
+
+# --- the bed
+
+
+def test_the_bed_without_growth_is_the_formula():
+    how = dict(lr=0.2, distance=4.0, noise=3.0)
+    for dim in (1, 5):
+        d, steps, sizes = adadagrad_bed(1e9, 4000, 1, budget=81, dim=dim, **how)
+        assert (steps == 40).all() and (sizes == 2).all()  # one sample is left over
+        want = batch_error([2] * 40, **how)
+        assert abs(d.mean() - want) < 4 * d.std() / 4000**0.5  # four standard errors
+
+
+def test_the_bed_with_the_exact_test_takes_the_batches_of_the_test():
+    d, steps, sizes = adadagrad_bed(
+        0.5, 3, 2, budget=3000, lr=0.5, distance=1e6, noise=1.0, exact_test=True
+    )
+    # D falls by (1 - lr)^2 a step as long as noise is small beside it: b = 1 / (0.25 D)
+    got, x = [], 1e6
+    while 4 / x <= 1.5:
+        x, got = x / 4, [*got, 2]
+    assert (sizes[: len(got)] == 2).all() and sizes.max() > 100 and (np.diff(sizes) >= 0).all()
+    first = adadagrad_bed(0.5, 3, 2, budget=3000, lr=0.5)[0]
+    assert (first == adadagrad_bed(0.5, 3, 2, budget=3000, lr=0.5)[0]).all()
+    assert (first != adadagrad_bed(0.5, 3, 3, budget=3000, lr=0.5)[0]).all()
+    bounded = adadagrad_bed(0.1, 5, 4, budget=5000, growth=2.0)[2]
+    assert (bounded[1:] <= 2 * bounded[:-1] + 1).all()

@@ -20,7 +20,7 @@ from diffkit.adaptive.amud import (
     NAMES,
     adjacency,
     amud,
-    bed,
+    amud_bed,
     connectome,
     cyclic,
     directed_patterns,
@@ -475,11 +475,11 @@ def test_training_learns_and_graphs_do_not_mix():
 
 
 def test_bed_knows_its_oracle():
-    got = bed(range(2), labelled=0.5, steps=2, redirections=19)
+    got = amud_bed(range(2), labelled=0.5, steps=2, redirections=19)
     assert {len(v) for v in got.values()} == {2}
     means = {k: got[k].mean() for k in ("undirected", "directed", "baseline")}
     assert means["baseline"] == min(means["undirected"], means["directed"])
-    one = bed([1], labelled=0.5, steps=2)
+    one = amud_bed([1], labelled=0.5, steps=2)
     assert "turned" not in one and set(one) | {"turned"} == set(got)
     # with half of the labels the test by turned edges decides as the oracle does
     np.testing.assert_array_equal(got["turned"], got["oracle"])

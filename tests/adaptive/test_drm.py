@@ -21,12 +21,12 @@ from diffkit.adaptive.drm import (
     T3A,
     OnlineDRM,
     adaptivity_gap,
-    bed,
     best_mixture,
     calibrate,
     choose,
     discriminator,
     domain_batches,
+    drm_bed,
     fit_heads,
     prototypes,
     ring,
@@ -415,18 +415,18 @@ def test_the_closed_form_against_draws(t):
 
 
 def test_the_bed_comes_near_its_closed_forms():
-    a = bed(3, n=1500, test=20_000)
+    a = drm_bed(3, n=1500, test=20_000)
     share = 2 * norm.cdf(2 / 2**0.5) - 1
     # 0.003 from the test, the rest from prototypes that are estimated
     assert a["prototype"] == pytest.approx(0.5 + share * (norm.cdf(2) - 0.5), abs=0.015)
     assert a["oracle"] == pytest.approx(norm.cdf(2), abs=0.008)
     assert a["random head"] == pytest.approx(0.5, abs=0.02)
     assert a["chosen on sources"] > a["joint"] + 0.2
-    b = bed(3, target=45.0, n=1500, test=20_000)
+    b = drm_bed(3, target=45.0, n=1500, test=20_000)
     assert b["best single head"] == pytest.approx(norm.cdf(2**0.5), abs=0.015)
     assert b["oracle"] > b["best single head"] + 0.02
-    small = bed(5, n=20, test=500)
-    assert small == bed(5, n=20, test=500) and set(small) == set(a)
+    small = drm_bed(5, n=20, test=500)
+    assert small == drm_bed(5, n=20, test=500) and set(small) == set(a)
 
 
 def test_on_a_transformer_encoder_with_loaders():
@@ -510,8 +510,8 @@ def test_on_a_transformer_encoder_with_loaders():
         (lambda: OnlineDRM(model(), 0.1, labels="drm"), "labels='drm'"),
         (lambda: OnlineDRM(model(), 0.1, how="entropi"), "how='entropi'"),
         (lambda: OnlineDRM(model(), 0.1, tau=1), "tau"),
-        (lambda: bed(0, n=3), "n=3"),
-        (lambda: bed(0, target=math.inf), "target=inf"),
+        (lambda: drm_bed(0, n=3), "n=3"),
+        (lambda: drm_bed(0, target=math.inf), "target=inf"),
         (lambda: ring_accuracy("0"), "angle='0'"),
     ],
 )

@@ -17,7 +17,7 @@ from diffkit.adaptive.equitable import (
     Ancestry,
     PowerLaw,
     allocate,
-    bed,
+    equitable_bed,
     fit_curve,
     greedy_allocate,
     utility,
@@ -457,11 +457,11 @@ def test_the_expected_risk_is_that_of_trained_scores(n, penalty):
 
 
 def test_bed_knows_its_oracle():
-    got = bed(3, noise=0.0, budget=1500)
+    got = equitable_bed(3, noise=0.0, budget=1500)
     assert set(got) == {*STRATEGIES, "oracle"}
     assert got["adaptive"] == pytest.approx(got["oracle"], rel=1e-3)
     assert all(v <= got["oracle"] + 1e-12 for v in got.values())
-    assert bed(4, ["adaptive"], budget=900) == bed(4, ["adaptive"], budget=900)
+    assert equitable_bed(4, ["adaptive"], budget=900) == equitable_bed(4, ["adaptive"], budget=900)
 
 
 # --- errors

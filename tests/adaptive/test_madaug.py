@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from diffkit.adaptive.madaug import (
     OPS,
+    AugmentBed,
     MADAug,
     Op,
     Policy,
@@ -518,3 +519,40 @@ def test_features_must_be_rows():
     with pytest.raises(ValueError, match=r"features gave \(6, 1, 5, 5\): must be \(6, d\)"):
         aug.choose(data[0])
     assert aug.model.training and aug.model.drop.training
+
+
+# --- the bed
+
+
+def test_the_bed_of_digits():
+    flip = Op(lambda x, v: x.flip(2, 3))
+    bed = AugmentBed([3, 4], {"turn": flip}, labelled=40, batch=10, hidden=8)
+    assert len(bed.ops) == 6 and bed.good == 5 and bed.x.shape == (40, 2, 1, 8, 8)
+    n = len(bed.test[1]) + 40
+    # every picture once, in the training set or in the test set, in two orders
+    one, two = torch.cat([bed.x, bed.test[0]]).double().sum((2, 3, 4)).unbind(1)
+    assert len(one) == n and not torch.equal(one, two)
+    assert_close(one.sort().values, two.sort().values, rtol=0, atol=0)
+    by_class, net = bed.fixed(3, ("none", "oracle"))
+    assert by_class["none"].shape == (2, 10)
+    x, y = bed.test
+    with torch.no_grad():  # member s * 2 + a
+        out = net(x.repeat_interleave(2, 1).flatten(0, 1)).unflatten(0, (len(x), 2, 2))
+    right = (out.argmax(-1) == y[:, :, None]).double().mean(0)  # (S, A)
+    for a, arm in enumerate(("none", "oracle")):
+        np.testing.assert_allclose(bed.overall(by_class[arm]), right[:, a], atol=1e-6)
+
+
+@pytest.mark.parametrize("relax,pictures", [("images", 1), ("losses", 6)])
+def test_the_bed_counts_passes(relax, pictures):
+    bed = AugmentBed([0], {"turn": Op(lambda x, v: x.flip(2, 3))}, labelled=40, hidden=8)
+    seen = []
+    look = lambda run, aug, draw: seen.append((run.step, next(draw())[0].shape))
+    by_class, passes = bed.learned(relax, 6, look=look)
+    assert by_class.shape == (1, 10) and len(seen) == 6 and seen[0][1] == (20, 1, 8, 8)
+    # a step: features, training; each third step: features, augmented pictures, validation
+    assert passes == pytest.approx(2 + (1 + pictures + 1) / 3)
+    held = bed.learned(relax, 3, held=10)[0]
+    assert held.shape == (1, 10)
+    with pytest.raises(ValueError, match="labelled=99999"):
+        AugmentBed([0], {"turn": OPS["rotate"]}, labelled=99999)
