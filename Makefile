@@ -10,7 +10,7 @@ export MPLBACKEND ?= agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 STAMP := $(VENV)/.installed
 
-.PHONY: site test lab export format clean-notebooks smoke test-lowest bench install check notebooks pytest help
+.PHONY: site test lab export format clean-notebooks keep smoke test-lowest bench install check notebooks pytest help
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -49,14 +49,20 @@ check: $(STAMP)  # export in sync, notebooks clean, style
 	@$(BIN)/ruff format --quiet --check . || { echo "run make format"; exit 1; }
 
 notebooks: $(STAMP)
-	@echo "== every notebook, top to bottom, at scale $(SCALE)"
-	@$(BIN)/diffkit run --scale $(SCALE) --jobs $(JOBS)
+	@echo "== notebooks, top to bottom, at scale $(SCALE): what has not run as it stands, and a third of the rest$(if $(ALL),; here all)"
+	@$(BIN)/diffkit run --scale $(SCALE) --jobs $(JOBS) $(if $(ALL),,--changed)
 
 pytest: $(STAMP)
 	@echo "== tests"
 	@$(if $(ALL),DIFFKIT_ALL=1 )$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(if $(ALL),,--changed) || { s=$$?; [ $$s = 5 ]; }
 
 test: check notebooks pytest  ## everything that a change can touch: sync, style, notebooks, tests (ALL=1: all tests)
+
+keep: $(STAMP)  ## run notebooks that were changed at both sizes; outputs and records of the runs go into the checkout
+	@$(BIN)/diffkit run --changed --keep --jobs $(JOBS)
+	@$(BIN)/nbdev_clean
+	@$(BIN)/python tests/check_repo.py --write
+	@$(BIN)/diffkit run --changed --keep --scale smoke --jobs $(JOBS)
 
 smoke: $(STAMP)  ## every notebook at the sizes of a GPU, two steps of everything
 	@$(BIN)/diffkit run --scale smoke --jobs $(JOBS)

@@ -40,6 +40,22 @@ def list_notebooks(
         )
 
 
+def _keep_runs(rows, scale):  # outputs and keys of what has run as it stands
+    import shutil
+
+    from diffkit.core.lab import _key, root
+    from diffkit.core.records import keep_run
+
+    out = root() / "_build" / "runs" / scale
+    for path in (Path(r["path"]) for r in rows if r["ok"]):
+        if not (out / f"{path.stem}-{_key(path, scale)}.json").is_file():
+            print(f"{path.stem} was changed meanwhile: not kept")
+            continue
+        if scale == "quick":
+            shutil.copy(out / path.name, path)
+        keep_run(path, scale)
+
+
 def run_notebooks(
     slugs: list,  # slugs, numbers or files; none means all
     *,
@@ -49,6 +65,8 @@ def run_notebooks(
     address: str = None,  # of an existing cluster, e.g. tcp://head:8786
     out: str = None,  # folder for executed copies and results
     minutes: float = None,  # with --scale full: run what fits, those without a record first
+    changed: bool = False,  # leave out what has run as it stands, but for a third of it
+    keep: bool = False,  # outputs into the notebooks; what has run into records/runs.json
 ):
     "Execute notebooks side by side; what was done before is not done again."
     from diffkit.core.lab import run
@@ -65,7 +83,21 @@ def run_notebooks(
         if not slugs:
             print(f"nothing without a fresh record fits into {minutes:g} minutes")
             return
+    if keep and (scale == "full" or out):
+        raise ValueError(f"keep belongs to --scale quick or smoke, without --out, got {scale}")
+    if changed:
+        from diffkit.core.lab import find, notebooks
+        from diffkit.core.records import due
+
+        every = [p for p in notebooks().values() if p.parent.name != "benchmarks"]
+        every = [find(s) for s in slugs] if slugs else every
+        slugs = [str(p) for p in due(every, scale, None if keep else 3)]
+        print(f"{len(every) - len(slugs)} of {len(every)} notebooks have run as they stand")
+        if not slugs:
+            return
     rows = run(slugs or None, scale=scale, jobs=jobs, backend=backend, out=out, address=address)
+    if keep:
+        _keep_runs(rows, scale)
     bad = [r for r in rows if not r["ok"]]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} notebooks passed at scale {scale}"

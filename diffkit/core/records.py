@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-from .lab import find, notebooks, root, run_one, workers, write_atomic
+from .lab import _key, find, notebooks, root, run_one, workers, write_atomic
 
 # %% auto #0
 __all__ = ['closure', 'notebook_code', 'code_key', 'read_record', 'replicate', 'replicated',
-           'keep_full', 'machine', 'plan']
+           'keep_full', 'machine', 'plan', 'keep_run', 'due']
 
 # %% ../../nbs/core/013_records.ipynb #165a98b5
 def _package() -> Path:
@@ -337,3 +337,51 @@ def _quick_seconds() -> dict[str, float]:  # of the runs that are kept
         row = json.loads(f.read_text(encoding="utf-8"))
         out[row["slug"]] = row["seconds"]
     return out
+
+# %% ../../nbs/core/013_records.ipynb #598e764c
+def _ran() -> dict[str, dict[str, str]]:  # scale -> notebook -> key
+    p = root() / "records" / "runs.json"
+    return json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {}
+
+
+def _commit() -> str | None:  # of the checkout; None: there is none
+    import subprocess
+
+    how = dict(cwd=root(), capture_output=True, text=True)
+    try:
+        said = subprocess.run(["git", "rev-parse", "HEAD"], **how)
+    except OSError:
+        return None
+    return said.stdout.strip() if said.returncode == 0 else None
+
+
+def keep_run(
+    path: Path,  # a notebook that has run
+    scale: str = "quick",  # or "smoke"
+) -> None:
+    "Keep in `records/runs.json` that a notebook, as it stands, has run."
+    record = _ran()
+    record.setdefault(scale, {})[Path(path).stem] = _key(Path(path), scale)
+    record = {s: dict(sorted(found.items())) for s, found in sorted(record.items())}
+    p = root() / "records" / "runs.json"
+    p.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(p, json.dumps(record, indent=1) + "\n")
+
+
+def due(
+    paths: list[Path],  # notebooks
+    scale: str = "quick",  # or "smoke"
+    share: int | None = 3,  # one in so many of the others, drawn by the commit; None: no others
+) -> list[Path]:
+    "Those that have not run as they stand, those that read others, and a share of the rest."
+    known, commit = _ran().get(scale, {}), _commit() if share else None
+
+    def drawn(p):
+        if share and commit is None:  # without a commit there is no turn: all
+            return True
+        return (
+            bool(share) and hashlib.sha256(f"{commit} {p.stem}".encode()).digest()[0] % share == 0
+        )
+
+    reads = lambda p: p.parent == root() / "nbs"
+    return [p for p in paths if reads(p) or known.get(p.stem) != _key(p, scale) or drawn(p)]
