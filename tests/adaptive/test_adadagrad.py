@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import warnings
@@ -434,8 +435,14 @@ if world > 1:
     dist.destroy_process_group()
 """
 # the launcher for several GPUs: `--cpu --num_processes 2` would start one process only
-TWO = ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0", "--num_processes", "2"]
-TWO += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+TWO = ["--multi_gpu", "--num_machines", "1", "--num_processes", "2"]
+TWO += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port"]
+
+
+def free_port():  # port 0, "any", never answers in torch 2.4
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
 
 
 @pytest.mark.slow
@@ -443,7 +450,7 @@ def test_two_processes_test_as_one(tmp_path, monkeypatch):
     (tmp_path / "run.py").write_text(SCRIPT)
     monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "1.json")])
     runpy.run_path(str(tmp_path / "run.py"))  # one process: this one
-    cmd = [sys.executable, "-m", "accelerate.commands.launch", *TWO]
+    cmd = [sys.executable, "-m", "accelerate.commands.launch", *TWO, free_port()]
     env = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     cmd += [str(tmp_path / "run.py"), str(tmp_path / "2.json")]
     done = subprocess.run(cmd, capture_output=True, text=True, env=env, timeout=200)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -26,13 +27,20 @@ fit(model, loss, (x, x.sum(1, keepdim=True)), 30, 1e-2, checkpoint=sys.argv[1], 
 """
 # on the processor, `accelerate launch` starts several processes by its launcher for several GPUs
 # only: `--cpu --num_processes 2` would start one, without a word
-KINDS = {1: ["--cpu"], 2: ["--multi_gpu", "--num_machines", "1", "--main_process_port", "0"]}
+KINDS = {1: ["--cpu"], 2: ["--multi_gpu", "--num_machines", "1", "--main_process_port"]}
+
+
+def free_port():  # port 0, "any", never answers in torch 2.4
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return str(s.getsockname()[1])
 
 
 def launch(folder, n):
     (folder / "train.py").write_text(SCRIPT)
     how = ["--num_processes", str(n), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    cmd = [sys.executable, "-m", "accelerate.commands.launch", *KINDS[n], *how]
+    kind = [*KINDS[n], free_port()] if n > 1 else KINDS[n]
+    cmd = [sys.executable, "-m", "accelerate.commands.launch", *kind, *how]
     env = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
     cmd += [str(folder / "train.py"), str(folder / f"{n}")]
     done = subprocess.run(cmd, capture_output=True, text=True, env=env, timeout=200)
