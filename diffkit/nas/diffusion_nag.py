@@ -344,6 +344,7 @@ def generate(
 ) -> tuple[list[tuple[int, ...]], torch.Tensor]:  # as decode
     "Sample architectures."
     process, shape = as_denoiser(denoiser).process, _there(space).shape
+    n = _whole(n, "n", 1)
     where = next((p.device for p in [*denoiser.parameters(), *denoiser.buffers()]), "cpu")
     x = process.prior((n, *shape), generator, device=where)
     grid = time_grid(process, steps, "uniform", process.t_max, process.t_min)
@@ -591,6 +592,10 @@ def evolution(
         else:
             picks = torch.randint(population, (tournament,), generator=generator).tolist()
             near = space.neighbours(max((alive[j] for j in picks), key=lambda p: p[1])[0])
+            if not near:
+                raise ValueError(
+                    f"space={space!r}: holds one architecture, so none can be searched"
+                )
             a = near[int(torch.randint(len(near), (), generator=generator))]
         alive.append((a, asked(a)))
     return asked.path()

@@ -8,12 +8,15 @@ the gain is compared with that of simply drawing more convolutions."""
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset, Sampler
 
@@ -183,14 +186,15 @@ class ImportanceSampler(Sampler):
         "Close an epoch: q by eq. (6), from the norms observed in it."
         if not self.seen:
             raise RuntimeError("no norms in this epoch: call observe(rows, norms) in each step")
-        rows, norms = (torch.cat(v).cpu() for v in zip(*self.seen))
+        seen, self.seen = self.seen, []  # after an error, too: the next pass starts afresh
+        rows, norms = (torch.cat(v).cpu() for v in zip(*seen))
         if bool(((rows < 0) | (rows >= self.n)).any()):
             low, high = int(rows.min()), int(rows.max())
             raise ValueError(f"rows go from {low} to {high}: must be from 0 to {self.n - 1}")
         hat = optimal_probabilities(_halved(rows, norms.double(), self.n))
         tau = _tau(self.schedule, self.epoch, self.epochs)
         self.q = tau * hat + (1 - tau) / self.n
-        self.seen, self.epoch = [], self.epoch + 1
+        self.epoch += 1
 
 
 def _halved(rows, norms, n):  # the mean of old and new, each time a row is seen again; else 0
@@ -226,6 +230,10 @@ def weighted_loss(
     proxy: Callable = grad_norm_proxy,  # (outputs, targets) -> norms (B,)
 ) -> Callable:  # loss(model, batch), batch = (rows, x, targets)
     "A loss that observes the norms of its batch; for `fit`, or a loop of your own."
+    each = partial(criterion, reduction="none")
+    if isinstance(criterion, nn.Module):  # such as nn.CrossEntropyLoss(): has it as an attribute
+        each = copy.copy(criterion)
+        each.reduction = "none"
 
     def loss(model, batch):
         i, x, t = batch
@@ -234,7 +242,7 @@ def weighted_loss(
             rows.observe(i, proxy(z, t))
         if not reweight:
             return criterion(z, t)
-        return (criterion(z, t, reduction="none") * rows.weights(i).to(z)).mean()
+        return (each(z, t) * rows.weights(i).to(z)).mean()
 
     return loss
 

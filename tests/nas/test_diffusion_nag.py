@@ -562,3 +562,12 @@ def test_designs_as_tensors_are_designs():
         candidates=lambda f, n, seen, g: every,
     )
     assert sorted(asked) == sorted(space)
+
+
+def test_nothing_to_search_and_nothing_to_draw():
+    one = CellSpace(("skip",), nodes=2)
+    with pytest.raises(ValueError, match="holds one architecture"):
+        evolution(lambda a: 1.0, one, 12, population=2)
+    space = CellSpace(nodes=2)
+    with pytest.raises(ValueError, match="n=0"):
+        generate(SpaceDenoiser(space), space, 0)

@@ -603,3 +603,31 @@ def test_validation_is_not_observed():
     assert not rows.seen
     loss(net, batch)
     assert len(rows.seen) == 1
+
+
+@pytest.mark.parametrize("reweight", [False, True])
+def test_a_loss_of_torch_as_a_module(reweight):
+    g = torch.Generator().manual_seed(0)
+    net, x = nn.Linear(3, 4), torch.randn(6, 3, generator=g)
+    batch = torch.arange(6), x, torch.tensor([0, 1, 2, 3, 0, 1])
+    rows = ImportanceSampler(6, 2)
+    rows.q = torch.tensor([0.1, 0.3, 0.1, 0.2, 0.2, 0.1], dtype=torch.float64)
+    weight = torch.tensor([1.0, 2.0, 0.5, 1.0])
+    module = nn.CrossEntropyLoss(weight)
+    want = F.cross_entropy(net(x), batch[2], weight)
+    if reweight:
+        each = F.cross_entropy(net(x), batch[2], weight, reduction="none")
+        want = (each * rows.weights(batch[0]).float()).mean()
+    got = weighted_loss(rows, reweight, module)(net, batch)
+    torch.testing.assert_close(got, want)
+    assert module.reduction == "mean"  # the user's own is left as it was
+
+
+def test_a_pass_after_one_that_went_wrong_starts_afresh():
+    rows = ImportanceSampler(4, 2)
+    rows.observe(torch.arange(4), torch.tensor([1.0, math.nan, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="nan"):
+        rows.update()
+    rows.observe(torch.arange(4), torch.ones(4))
+    rows.update()
+    assert rows.epoch == 1
