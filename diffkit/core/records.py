@@ -344,15 +344,16 @@ def _ran() -> dict[str, dict[str, str]]:  # scale -> notebook -> key
     return json.loads(p.read_text(encoding="utf-8")) if p.is_file() else {}
 
 
-def _commit() -> str | None:  # of the checkout; None: there is none
+def _turn() -> str:  # the checkout's commit, or the day where there is none
+    import datetime
     import subprocess
 
     how = dict(cwd=root(), capture_output=True, text=True)
     try:
         said = subprocess.run(["git", "rev-parse", "HEAD"], **how)
     except OSError:
-        return None
-    return said.stdout.strip() if said.returncode == 0 else None
+        return f"{datetime.date.today()}"
+    return said.stdout.strip() if said.returncode == 0 else f"{datetime.date.today()}"
 
 
 def keep_run(
@@ -374,14 +375,11 @@ def due(
     share: int | None = 3,  # one in so many of the others, drawn by the commit; None: no others
 ) -> list[Path]:
     "Those that have not run as they stand, those that read others, and a share of the rest."
-    known, commit = _ran().get(scale, {}), _commit() if share else None
+    known, turn = _ran().get(scale, {}), _turn() if share else ""
 
     def drawn(p):
-        if share and commit is None:  # without a commit there is no turn: all
-            return True
-        return (
-            bool(share) and hashlib.sha256(f"{commit} {p.stem}".encode()).digest()[0] % share == 0
-        )
+        digest = hashlib.sha256(f"{turn} {p.stem}".encode()).digest()
+        return share is not None and digest[0] % share == 0
 
     reads = lambda p: p.parent == root() / "nbs"
     return [p for p in paths if reads(p) or known.get(p.stem) != _key(p, scale) or drawn(p)]
