@@ -918,6 +918,10 @@ SEEN = """() => {
 SCROLLS = """[...document.querySelectorAll('main div.sourceCode pre')]
   .filter((e) => !e.closest('details') && e.scrollWidth > e.clientWidth + 1)
   .map((e) => e.textContent.split('\\n').reduce((a, b) => a.length > b.length ? a : b))"""
+COVERED = """[...document.querySelectorAll('main .katex-tag')].filter((e) => e.offsetParent
+  && Math.max(...[...e.parentElement.querySelectorAll(':scope > .katex-base')]
+    .map((b) => b.getBoundingClientRect().right)) > e.getBoundingClientRect().left + 1)
+  .map((e) => e.textContent)"""
 WIDER = "document.documentElement.scrollWidth - innerWidth"
 TOGGLE = "document.querySelector('.quarto-color-scheme-toggle').click()"
 FORMULA = re.compile(r"\$[^\s$][^$]*\$")
@@ -948,8 +952,11 @@ def test_every_page_in_a_browser(served, tab):
             assert not seen["mute"] and not seen["unnumbered"], (name, seen)
         if source and has_formulas(source):
             assert seen["math"], name
+        tab.set_viewport_size({"width": 1000, "height": 900})  # the narrowest column of text
+        assert tab.evaluate(COVERED) == [], f"{name}: formulas run into these numbers"
         for width in widths:
             tab.set_viewport_size({"width": width, "height": 900})
+            assert tab.evaluate(COVERED) == [], f"{name}: formulas run into these numbers"
             if width == 1400:
                 assert tab.evaluate(SCROLLS) == [], f"{name}: these lines do not fit"
             for theme in ("light", "dark"):

@@ -26,6 +26,8 @@ __all__ = ['RELATIONS', 'ORDERS', 'METHODS', 'gaussian_delta', 'gaussian_eps', '
            'gaussian_mechanism', 'noisy_max']
 
 # %% ../../nbs/privacy/800_accounting.ipynb #4c14f4d5
+#| code-fold: true
+#| code-summary: "The two relations, and small helpers"
 RELATIONS = ("replace-one", "add/remove-one")  # which two tables count as neighbours
 
 
