@@ -20,6 +20,20 @@ from ..core.checks import number, whole
 from ..core.training import fit
 
 
+def _made(value, kind, name):  # an instance, not a class or something else
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
+        raise TypeError(f"{name}={got}: must be an instance of {kind.__name__}")
+    return value
+
+
+def _one_each(v, x, name):  # what a user's function gave: a number a point
+    got = tuple(v.shape) if isinstance(v, torch.Tensor) else type(v).__name__
+    if got != tuple(x.shape[:-1]):
+        raise ValueError(f"{name} has shape {got}: must be {tuple(x.shape[:-1])}, one a point")
+    return v
+
+
 class Domain:
     "A box, or the part of it where a signed distance is at most 0."
 
@@ -36,6 +50,7 @@ class Domain:
             raise ValueError(f"lo={lo!r}: must be below hi={hi!r}")
         if distance is not None and not callable(distance):
             raise TypeError(f"distance={distance!r}: must be a function of ({dim},) points")
+        self.inside(torch.stack([self.lo, self.hi]))  # what it gives is checked
 
     def _corner(self, v, name):
         each = v.tolist() if hasattr(v, "tolist") else v
@@ -53,7 +68,12 @@ class Domain:
     def inside(self, x: torch.Tensor) -> torch.Tensor:  # (..., d) -> (...) truth values
         if self.distance is None:
             return torch.ones(x.shape[:-1], dtype=torch.bool)
-        return self.distance(x.flatten(0, -2)).reshape(x.shape[:-1]) <= 0
+        flat = x.flatten(0, -2)
+        d = self.distance(flat)
+        if not isinstance(d, torch.Tensor) or d.dtype == torch.bool:
+            got = "truth values" if isinstance(d, torch.Tensor) else type(d).__name__
+            raise TypeError(f"distance gave {got}: must be a tensor, signed distances, < 0 inside")
+        return _one_each(d, flat, "distance").reshape(x.shape[:-1]) <= 0
 
     def accept(self, draw: Callable, n: int) -> tuple:  # draw(k): (S, k, d) proposals
         "Proposals until each copy has n inside: all (S, T, d), which count, which are used."
@@ -244,9 +264,7 @@ class Uniform:
         copies: int | None = None,  # S independent ones side by side, points (S, n, d)
         seed: int = 0,
     ):
-        if not isinstance(domain, Domain):
-            raise TypeError(f"domain={domain!r}: must be a Domain")
-        self.domain, self.copies = domain, copies
+        self.domain, self.copies = _made(domain, Domain, "domain"), copies
         self.S = 1 if copies is None else whole(copies, "copies")
         self.generator = torch.Generator().manual_seed(seed)
 
@@ -571,7 +589,8 @@ class PDE:
         boundary: Callable | None = None,  # (n, generator) -> (n, d) points; None: the box's faces
         scale: float = 1.0,  # of the residual: it is divided by this
     ):
-        self.domain, self.scale = domain, number(scale, "scale", above=True)
+        self.domain = _made(domain, Domain, "domain")
+        self.scale = number(scale, "scale", above=True)
         for name, f in (("residual", residual), ("value", value), ("boundary", boundary)):
             if f is not None and not callable(f):
                 raise TypeError(f"{name}={f!r}: must be a function")
@@ -589,12 +608,15 @@ class PDE:
     def edge(self, n: int, generator: torch.Generator) -> tuple:  # (n, d) points, (n,) values
         if hasattr(self, "boundary"):
             x = self.boundary(n, generator)
+            if tuple(x.shape) != (n, self.domain.dim):
+                want = f"must be {(n, self.domain.dim)}, {n} points"
+                raise ValueError(f"boundary has shape {tuple(x.shape)}: {want}")
         else:
             u = 2 * torch.rand(n, self.domain.dim, generator=generator) - 1
             face = torch.randint(self.domain.dim, (n, 1), generator=generator)
             side = torch.randint(2, (n, 1), generator=generator) * 2.0 - 1
             x = self.domain.box(u.scatter(1, face, side))
-        return x, self.value(x)
+        return x, _one_each(self.value(x), x, "value")
 
 
 class Peak(PDE):
@@ -640,7 +662,8 @@ class Peak(PDE):
             u = net(x if copies is None else x.expand(copies, -1, -1))
         u = u.reshape(-1, len(x))
         square = lambda v: (v.square() / (0.5 + 0.5 * q)).mean(-1)
-        return (square(u - self.exact(x)) / square(self.exact(x))).sqrt()
+        exact = _one_each(self.exact(x), x, "exact")
+        return (square(u - exact) / square(exact)).sqrt()
 
 # %% ../../nbs/adaptive/704_aas.ipynb #16cc6fed
 @dataclass
@@ -660,7 +683,7 @@ class History:
 def solve(
     net: nn.Module,  # PINN, or any (n, d) -> (n,)
     pde: PDE,
-    sampler: Uniform,  # as many copies as net has
+    sampler: Uniform,  # of the same domain; as many copies as net has
     steps: int = 500,  # of Adam
     points: int = 100,  # N a step; a set that grows starts with half and ends with N
     resample: int = 25,  # steps between two updates of the points
@@ -674,6 +697,17 @@ def solve(
     "Descend the mean squared residual at the sampler's points, and let it move them."
     steps, points = whole(steps, "steps"), whole(points, "points", 2)
     resample, boundary = whole(resample, "resample"), whole(boundary, "boundary", 0)
+    for name, v, kind in (
+        ("net", net, nn.Module),
+        ("pde", pde, PDE),
+        ("sampler", sampler, Uniform),
+    ):
+        _made(v, kind, name)
+    box = lambda D: (D.dim, D.lo.tolist(), D.hi.tolist(), D.distance is None)
+    if box(sampler.domain) != box(pde.domain):
+        raise ValueError("sampler.domain differs from pde.domain: must be the same")
+    if isinstance(net, PINN) and (dim := net.weight[0].shape[1]) != pde.domain.dim:
+        raise ValueError(f"net takes {dim} coordinates: must be pde.domain.dim={pde.domain.dim}")
     if getattr(net, "copies", None) != sampler.copies:
         raise ValueError(f"sampler.copies={sampler.copies!r}: must be as net.copies")
     h, g = History(net, sampler), torch.Generator().manual_seed(seed)
@@ -683,9 +717,10 @@ def solve(
     h.stages.append(h.x)
 
     def residual(net, x, step):
-        r = pde.residual(*laplacian(net, x), x)
-        if tuple(r.shape) != tuple(x.shape[:-1]):
-            raise ValueError(f"residual has shape {tuple(r.shape)}: must be {tuple(x.shape[:-1])}")
+        x = x.detach()  # its own, for a residual that asks for derivatives in x
+        parts = laplacian(net, x)
+        with torch.enable_grad():  # of the pool, too
+            r = _one_each(pde.residual(*parts, x), x, "residual")
         if not torch.isfinite(r).all():
             raise ValueError(f"residual is not finite at step {step}: largest {r.abs().max()}")
         return r / pde.scale

@@ -422,6 +422,73 @@ def test_solve_refuses():
         solve(PINN(2), pde, Uniform(pde.domain), stepz=3)
 
 
+column = lambda x: x[:, :1]  # (n, 1), which would be spread to (n, n)
+plain = lambda u, grad, lap, x: -lap
+
+
+class Column(Peak):
+    def exact(self, x):
+        return super().exact(x)[..., None]
+
+
+D2 = Domain(2)
+
+
+@pytest.mark.parametrize(
+    "call,error,says",
+    [
+        (lambda: solve(PINN(2), PDE(D2, plain, column), Uniform(D2), 2), ValueError, "value has"),
+        (
+            lambda: solve(PINN(2), PDE(D2, plain, lambda x: 0.0), Uniform(D2), 2),
+            ValueError,
+            r"value has shape float: must be \(50,\)",
+        ),
+        (
+            lambda: PDE(D2, plain, column, lambda n, g: torch.ones(n)).edge(3, rng()),
+            ValueError,
+            "boundary has",
+        ),  # fmt: skip
+        (lambda: Column().error(PINN(2)), ValueError, "exact has shape"),
+        (lambda: Domain(2, distance=lambda x: x.norm(dim=-1) < 1), TypeError, "gave truth values"),
+        (lambda: Domain(2, distance=lambda x: 0.0), TypeError, "distance gave float"),
+        (lambda: Domain(2, distance=lambda x: x), ValueError, "distance has shape"),
+        (lambda: solve(PINN(2), Peak(), Uniform(Domain(2, 0))), ValueError, "sampler.domain"),
+        (lambda: solve(PINN(2), Peak(), Uniform(Domain(3))), ValueError, "sampler.domain"),
+        (lambda: solve(PINN(3), Peak(), Uniform(D2)), ValueError, "net takes 3 coordinates"),
+        (lambda: solve(PINN, Peak(), Uniform(D2)), TypeError, "net=the class PINN"),
+        (lambda: solve(PINN(2), Peak, Uniform(D2)), TypeError, "pde=the class Peak"),
+        (lambda: solve(PINN(2), Peak(), AAS), TypeError, "sampler=the class AAS"),
+        (lambda: PDE(Domain), TypeError, "domain=the class Domain"),
+    ],
+)
+def test_shapes_and_domains_that_do_not_fit(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+@pytest.mark.parametrize("kind", [AAS, RAD, RAR])
+def test_a_residual_may_take_derivatives_itself(kind):
+    net, own = (PINN(2, copies=2, seed=1) for _ in range(2))
+
+    def bend(u, grad, lap, x):  # the Laplacian of u = net(x), by autograd
+        assert not x.requires_grad
+        x = x.requires_grad_()
+        first = torch.autograd.grad(own(x).sum(), x, create_graph=True)[0]
+        each = [torch.autograd.grad(first[..., i].sum(), x, create_graph=True)[0][..., i]
+                for i in (0, 1)]  # fmt: skip
+        return -sum(each) - 1
+
+    def run(net, residual):
+        pde = PDE(D2, residual, lambda x: 0 * x[:, 0])
+        return solve(net, pde, kind(D2, copies=2), 6, points=8, resample=2, boundary=4)
+
+    a, b = run(own, bend), run(net, lambda u, grad, lap, x: -lap - 1)
+    assert not a.x.requires_grad and a.x.shape == b.x.shape
+    assert (a.x - b.x).abs().max() < 1e-4  # rounding alone tells the two Laplacians apart
+    x = torch.rand(2, 5, 2)
+    assert (own(x) - net(x)).abs().max() < 1e-3
+
+
 # --- the bed
 
 
