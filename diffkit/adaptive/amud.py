@@ -28,6 +28,22 @@ def _array(value):  # tensors, lists and arrays as arrays
     return value.detach().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
+def _networkx(graph):
+    return hasattr(graph, "adj") and hasattr(graph, "nodes")
+
+
+def _aligned(value, graph, name):  # of pandas, by its index, as the nodes of a networkx graph
+    if not (hasattr(value, "reindex") and _networkx(graph)):
+        return value
+    at, nodes = {k: i for i, k in enumerate(value.index)}, list(graph.nodes)
+    if set(at) != set(nodes) or len(value) != len(nodes):
+        raise ValueError(
+            f"{name} has an index that is not the graph's nodes: must be, in any order; or give"
+            f" {name}.to_numpy(), in the order of graph.nodes"
+        )
+    return value.iloc[[at[k] for k in nodes]]
+
+
 def _edges(a, nodes):  # an edge index (2, E) as a matrix
     if a.dtype.kind not in "iu":
         raise ValueError(f"graph: an edge index must hold integers, got {a.dtype}")
@@ -39,16 +55,26 @@ def _edges(a, nodes):  # an edge index (2, E) as a matrix
 
 def _matrix(graph, nodes):  # any form of a graph as a sparse matrix
     if hasattr(graph, "edge_index"):
-        nodes = getattr(graph, "num_nodes", None) if nodes is None else nodes
-        if nodes is None:
+        own = getattr(graph, "num_nodes", None)
+        if nodes is None and own is None:
             raise ValueError("nodes=None: must be given where the graph has no num_nodes")
-        graph = graph.edge_index
-    if hasattr(graph, "adj") and hasattr(graph, "nodes"):
+        if None not in (nodes, own) and nodes != own:
+            raise ValueError(f"nodes={nodes!r}: the graph has num_nodes={own}")
+        nodes, graph = own if nodes is None else nodes, graph.edge_index
+    if _networkx(graph):
         import networkx as nx
 
-        return nx.to_scipy_sparse_array(graph, weight=None, format="coo")
+        return nx.to_scipy_sparse_array(graph, dtype=float, format="coo")
     if sp.issparse(graph):
         return sp.coo_array(graph)
+    if hasattr(graph, "columns") and list(graph.columns) != list(graph.index):
+        raise ValueError(
+            f"graph is a table of shape {graph.shape} whose rows are not its columns: for a list of"
+            " edges give nx.from_pandas_edgelist(graph, ..., create_using=nx.DiGraph)"
+        )
+    if isinstance(graph, torch.Tensor) and graph.layout != torch.strided:
+        graph = graph.detach().cpu().to_sparse_coo().coalesce()
+        return sp.coo_array((graph.values().numpy(), graph.indices().numpy()), tuple(graph.shape))
     a = _array(graph)
     if a.ndim != 2 or a.dtype.kind not in "biuf":
         raise ValueError(f"graph has shape {a.shape}, {a.dtype}: must be square, or (2, E)")
@@ -58,8 +84,9 @@ def _matrix(graph, nodes):  # any form of a graph as a sparse matrix
 
 
 def adjacency(
-    # A_uv for the edge u -> v, from scipy or a square array; an edge index (2, E) of sources and
-    # targets; a networkx graph, in its order of nodes; an object with .edge_index and .num_nodes
+    # A_uv for the edge u -> v, from scipy, torch or a square array; an edge index (2, E) of sources
+    # and targets; a networkx graph, in its order of nodes, with its edges' "weight", 1 where there
+    # is none; an object with .edge_index and .num_nodes
     graph,
     nodes: int | None = None,  # for an edge index; None: the largest number in it plus 1
 ) -> sp.csr_array:  # (N, N) of 0 and 1, without self-loops
@@ -67,6 +94,8 @@ def adjacency(
     A = _matrix(graph, nodes)
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"graph has shape {A.shape}: must be square, or an edge index (2, E)")
+    if nodes is not None and _whole(nodes, "nodes") != A.shape[0]:
+        raise ValueError(f"nodes={nodes!r}: the graph has {A.shape[0]}")
     if not (np.isfinite(A.data).all() and (A.data >= 0).all()):
         raise ValueError("graph has weights below 0 or not finite: must be finite, at least 0")
     row, col = A.coords
@@ -232,7 +261,7 @@ def propagate(
     nodes: int | None = None,  # as in `adjacency`
 ) -> dict:  # pattern -> (K + 1, N, F), as X is
     "The features after 0 to K hops along each directed pattern, eq. (9), by sparse products."
-    A, x = adjacency(graph, nodes), _array(X)
+    A, x = adjacency(graph, nodes), _array(_aligned(X, graph, "X"))
     if x.ndim != 2 or len(x) != A.shape[0]:
         raise ValueError(f"X has shape {x.shape}: must be ({A.shape[0]}, F), a row a node")
     if not np.isfinite(x).all():
@@ -366,16 +395,21 @@ def _moments(B, profile, symmetric):  # of the sum of B N under permutations, eq
     return mean, same * e2 + touch * e3 + (g * g - same - touch) * e4 - mean**2
 
 # %% ../../nbs/adaptive/706_amud.ipynb #e5b1a190
-def _among(size, mask, sample, seed):  # the nodes whose pairs are looked at
-    at = np.arange(size) if mask is None else _array(mask)
+def _where(size, mask, name="mask"):  # the numbers of its nodes
+    at = _array(mask)
     if at.dtype == bool:
         if at.shape != (size,):
-            raise ValueError(f"mask has shape {at.shape}: must be ({size},), one entry a node")
+            raise ValueError(f"{name} has shape {at.shape}: must be ({size},), one entry a node")
         at = np.flatnonzero(at)
     if at.ndim != 1 or at.dtype.kind not in "iu" or len(np.unique(at)) != len(at):
-        raise ValueError("mask must be booleans, one a node, or the numbers of different nodes")
+        raise ValueError(f"{name} must be booleans, one a node, or the numbers of different nodes")
     if len(at) and (at.min() < 0 or at.max() >= size):
-        raise ValueError(f"mask names nodes {at.min()} to {at.max()}: must be 0 to {size - 1}")
+        raise ValueError(f"{name} names nodes {at.min()} to {at.max()}: must be 0 to {size - 1}")
+    return at
+
+
+def _among(size, mask, sample, seed):  # the nodes whose pairs are looked at
+    at = np.arange(size) if mask is None else _where(size, mask)
     if sample is not None and len(at) > _whole(sample, "sample", 4):
         at = np.sort(np.random.default_rng([seed, 1]).choice(at, sample, replace=False))
     if len(at) < 4:
@@ -383,14 +417,35 @@ def _among(size, mask, sample, seed):  # the nodes whose pairs are looked at
     return at
 
 
+def _unknown(v):  # which labels stand for none
+    if v.dtype.kind in "iuf":
+        return ~(v >= 0)
+    if v.dtype.kind != "O":
+        return v == "" if v.dtype.kind == "U" else np.zeros(len(v), dtype=bool)
+    none = lambda u: u is None or type(u).__name__ == "NAType" or u != u or u == ""
+    return np.array([bool(none(u) or (not isinstance(u, str) and u < 0)) for u in v])
+
+
+def _few(count, name, alpha):  # random draws whose least p-value is above alpha
+    if count and 1 / (count + 1) > alpha:
+        least = math.ceil(1 / alpha) - 1
+        raise ValueError(f"{name}={count}: must be 0, or at least {least} for alpha={alpha:g}")
+
+
 def _profile(labels, features, at, size):
     if (labels is None) == (features is None):
         raise ValueError("labels and features: give one of them, not both and not none")
     name, v = ("labels", labels) if features is None else ("features", features)
-    v = _array(v)
+    mixed = isinstance(v, list | tuple) and any(isinstance(u, str) for u in v)
+    v = np.array(v, dtype=object) if mixed else _array(v)  # strings as they are
     if v.ndim != (1 if features is None else 2) or len(v) != size:
         raise ValueError(f"{name} has shape {v.shape}: must have {size} entries, one a node")
     v = v[at]
+    if features is None and (none := int(_unknown(v).sum())):
+        raise ValueError(
+            f"labels holds {none} of {len(v)} entries that stand for no label (below 0, nan, None"
+            ' or ""): give mask=, the nodes whose label is known'
+        )
     if v.dtype.kind == "f" and not np.isfinite(v).all():
         raise ValueError(f"{name} holds values in the mask that are not finite")
     return _Labels(v) if features is None else _Cosines(v.astype(float))
@@ -398,16 +453,19 @@ def _profile(labels, features, at, size):
 
 def amud(
     graph,  # as in `adjacency`
-    labels: Sequence | None = None,  # (N,) classes; entries outside the mask are never read
+    # (N,) classes, below 0 or nan: unknown; entries outside the mask are never read. A Series of
+    # pandas is put in the order of a networkx graph by its index
+    labels: Sequence | None = None,
     features: np.ndarray | None = None,  # (N, F), instead: profiles are alike by their cosine
     mask: np.ndarray | None = None,  # (N,) booleans, or numbers of nodes: those with known labels
     *,
     nodes: int | None = None,  # as in `adjacency`
     threshold: float = 0.5,  # on the score
-    alpha: float = 0.05,  # on the p-value; 1: no guard
+    alpha: float = 0.05,  # on the p-value, above 0; 1: no guard
     reading: str = "joined",  # G_uv in (1): "joined" 0 or 1; "paths" their number
     above: int = 0,  # pairs with so many paths or fewer count as not joined
-    # of the labels; None: 200 where it is cheap, else 0: normal, from the exact moments
+    # of the labels; None: 200 where it is cheap and enough for alpha, else 0: normal, from the
+    # exact moments
     permutations: int | None = None,
     redirections: int = 0,  # of single edges at random: a test of the spread, ours; 0: none
     sample: int | None = None,  # so many nodes of the mask, at random: for graphs with hubs
@@ -415,12 +473,17 @@ def amud(
 ) -> Evidence:
     "Should the direction of edges be kept? Correlations (1), their spread (2), and a test."
     A = adjacency(graph, nodes)
-    threshold, alpha = _number(threshold, "threshold", most=1), _number(alpha, "alpha", most=1)
+    threshold = _number(threshold, "threshold", most=1)
+    alpha = _number(alpha, "alpha", above=True, most=1)
     _one_of(reading, "reading", ("joined", "paths"))
     above, seed = _whole(above, "above", 0), _whole(seed, "seed", 0)
     redirections = _whole(redirections, "redirections", 0)
     if permutations is not None:
         permutations = _whole(permutations, "permutations", 0)
+    _few(permutations, "permutations", alpha)
+    _few(redirections, "redirections", alpha)
+    labels, features = _aligned(labels, graph, "labels"), _aligned(features, graph, "features")
+    mask = _aligned(mask, graph, "mask") if str(getattr(mask, "dtype", 0)) == "bool" else mask
     at = _among(A.shape[0], mask, sample, seed)
     profile = _profile(labels, features, at, A.shape[0])
     N, NN, pairs = profile.total, profile.squares, len(at) * (len(at) - 1)
@@ -435,7 +498,8 @@ def amud(
         mean, var = _moments(B, profile, k in ("AAt", "AtA"))
         z[k] = (inside[k] - mean) / math.sqrt(var) if var > 1e-9 * (1 + mean**2) else 0.0
     if permutations is None:
-        permutations = 200 if sum(G[k].nnz for k in SECOND) < 1e6 else 0
+        cheap = sum(G[k].nnz for k in SECOND) < 1e6
+        permutations = 200 if cheap and 1 / 201 <= alpha else 0
     if permutations:
         rng, hits = np.random.default_rng([seed, 2]), 1
         for _ in range(permutations):
@@ -468,7 +532,7 @@ def path_counts(
 ) -> dict[str, np.ndarray]:  # pattern -> (C, C), by the classes of the two ends
     "Two-edge paths between different nodes by class, eq. (5): no product of A with itself."
     A = adjacency(graph, nodes)
-    y = _array(labels)
+    y = _array(_aligned(labels, graph, "labels"))
     if y.shape != (A.shape[0],):
         raise ValueError(f"labels has shape {y.shape}: must be ({A.shape[0]},), one entry a node")
     classes, y = np.unique(y, return_inverse=True)
@@ -573,8 +637,8 @@ class ADPA(nn.Module):
 # %% ../../nbs/adaptive/706_amud.ipynb #4ee75df2
 def fit_adpa(
     props: Sequence[torch.Tensor],  # of each graph (N, P, K + 1, F), as `stack` makes it
-    labels: Sequence,  # of each graph (N,) integers from 0
-    masks: Sequence,  # of each graph (N,) booleans: where to learn, as many in all graphs
+    labels: Sequence,  # of each graph (N,) integers from 0; not read outside the mask
+    masks: Sequence,  # of each graph, as in `amud`: where to learn, as many nodes in all graphs
     steps: int = 40,  # full batches
     lr: float = 0.04,
     weight_decay: float = 0.01,
@@ -585,17 +649,25 @@ def fit_adpa(
     from diffkit.core.nets import Stacked
     from diffkit.core.training import fit
 
-    props, on = list(props), [torch.as_tensor(_array(m)) for m in masks]
-    ys = [torch.as_tensor(_array(y)).long() for y in labels]
-    if len({int(m.sum()) for m in on}) != 1 or not len(props) == len(ys) == len(on):
-        raise ValueError("props, labels and masks must be as many, and masks of one size")
-    classes, (P, L, F) = 1 + max(int(y[m].max()) for y, m in zip(ys, on)), props[0].shape[1:]
+    props, on, ys = list(props), list(masks), [_array(y) for y in labels]
+    if not 0 < len(props) == len(ys) == len(on):
+        raise ValueError("props, labels and masks must be as many, at least one")
+    on = [_where(len(p), m, f"masks[{i}]") for i, (p, m) in enumerate(zip(props, on))]
+    if len({len(m) for m in on}) != 1 or not len(on[0]):
+        raise ValueError(f"masks hold {[len(m) for m in on]} nodes: must be of one size, not 0")
+    for i, (y, p, m) in enumerate(zip(ys, props, on)):
+        if y.shape != (len(p),) or y.dtype.kind not in "biuf" or not (y[m] % 1 == 0).all():
+            raise ValueError(f"labels[{i}], {y.shape}, {y.dtype}: must be {len(p)} integers from 0")
+        if y[m].min() < 0:
+            raise ValueError(f"labels[{i}] holds {y[m].min()} in the mask: must be from 0")
+    ys = [torch.as_tensor(y[m]).long() for y, m in zip(ys, on)]
+    classes, (P, L, F) = 1 + max(int(y.max()) for y in ys), props[0].shape[1:]
     with torch.random.fork_rng([]):
         torch.manual_seed(_whole(seed, "seed", 0))
         shape = dict(hops=L - 1, patterns=P)
         net = Stacked([ADPA(F, classes, **shape, **options) for _ in props])
     x = torch.stack([p[m] for p, m in zip(props, on)], 1)  # (n, graphs, P, K + 1, F)
-    y = torch.stack([v[m] for v, m in zip(ys, on)], 1)
+    y = torch.stack(ys, 1)
 
     def loss(net, batch):  # the sum over graphs: each learns as it would alone
         x, y = (v.transpose(0, 1).flatten(0, 1) for v in batch)

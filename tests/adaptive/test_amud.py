@@ -92,7 +92,7 @@ def test_features_in_place_of_labels_and_the_threshold_on_paths():
 def test_symmetric_graphs_have_score_zero_and_reversal_swaps():
     for seed in range(3):
         U = to_undirected(dsbm([20, 20], [[0.1, 0.3], [0.02, 0.1]], seed)[0])
-        got = amud(U, np.repeat([0, 1], 20), permutations=0, redirections=5)
+        got = amud(U, np.repeat([0, 1], 20), permutations=0, redirections=19)
         assert got.score == 0 and not got.directed and got.p_turned == 1
     one, back = fast(A, Y), fast(A.T, Y)
     assert back.r["AAt"] == pytest.approx(one.r["AtA"], abs=1e-15)
@@ -152,7 +152,7 @@ def test_p_values_agree_and_hold_their_level():
         g, y = dsbm([30, 30], np.full((2, 2), 0.04), 100 + s)
         hits.append(amud(g, y, permutations=19).p_value)
         h, y = dsbm([30, 30], 0.03 + 0.15 * np.eye(2), 100 + s)
-        turned.append(fast(h, y, redirections=9).p_turned)
+        turned.append(fast(h, y, redirections=9, alpha=0.1).p_turned)
     for p in (hits, turned):
         for a in (0.1, 0.5):  # four standard errors of a share of 70
             assert abs(np.mean(np.array(p) <= a + 1e-9) - a) < 4 * math.sqrt(a * (1 - a) / 70)
@@ -192,9 +192,10 @@ def test_labels_outside_the_mask_are_never_read():
     mask = np.arange(N) % 2 == 0
     hidden = Y.astype(float)
     hidden[~mask] = np.nan
-    a = amud(A, Y, mask=mask, redirections=9, permutations=20)
-    assert a == amud(A, hidden, mask=mask, redirections=9, permutations=20)
-    assert a == amud(A, Y, mask=np.flatnonzero(mask), redirections=9, permutations=20)
+    few = dict(redirections=9, permutations=20, alpha=0.1)
+    a = amud(A, Y, mask=mask, **few)
+    assert a == amud(A, hidden, mask=mask, **few)
+    assert a == amud(A, Y, mask=np.flatnonzero(mask), **few)
     flipped = Y.copy()
     flipped[np.flatnonzero(mask)[:9]] = 2
     assert a.r != amud(A, flipped, mask=mask, permutations=20).r
@@ -314,6 +315,87 @@ def test_every_form_of_a_graph():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adjacency(A)
+
+
+def test_sparse_tensors_and_weights_follow_one_rule():
+    coo = torch.tensor(D).to_sparse()
+    for form in (coo, coo.to_sparse_csr()):
+        assert np.array_equal(adjacency(form).toarray(), D)
+    g = nx.DiGraph([(0, 1), (1, 2), (2, 0)])
+    g.add_edge(0, 2, weight=0.0)
+    W = nx.to_scipy_sparse_array(g)
+    assert np.array_equal(adjacency(g).toarray(), adjacency(W).toarray())
+    assert adjacency(g).nnz == 3 and adjacency(g, 3).shape == (3, 3)
+    g.add_edge(1, 0, weight=-1.0)
+    for form in (g, nx.to_scipy_sparse_array(g)):
+        with pytest.raises(ValueError, match="weights below 0"):
+            adjacency(form)
+
+
+def test_tables_are_put_in_the_order_of_the_nodes():
+    pd = pytest.importorskip("pandas")
+    names = [f"n{i}" for i in range(N)]
+    g = nx.DiGraph()
+    g.add_nodes_from(names)
+    g.add_edges_from((names[u], names[v]) for u, v in zip(*(w.tolist() for w in A.nonzero())))
+    mask, X = np.arange(N) % 3 > 0, rng(2).standard_normal((N, 2))
+    order = rng(3).permutation(N)
+    table = lambda v: pd.DataFrame(v, index=names).iloc[order]
+    y, m = table(Y)[0], table(mask)[0]
+    assert not np.array_equal(y.to_numpy(), Y)
+    want = fast(A, Y, mask=mask)
+    assert fast(g, y, mask=m) == want == fast(g, Y, mask=mask)
+    assert fast(g, y, mask=np.flatnonzero(mask)) == want
+    assert fast(g, features=table(X)) == fast(A, features=X)
+    assert np.array_equal(path_counts(g, y)["AA"], path_counts(A, Y)["AA"])
+    assert np.allclose(propagate(g, table(X))["AA"], propagate(A, X)["AA"])
+    for other in (y.reset_index(drop=True), y.iloc[1:]):
+        with pytest.raises(ValueError, match="labels has an index"):
+            amud(g, other)
+    edges = pd.DataFrame([("a", "b"), ("b", "c"), ("c", "a")], columns=["from", "to"])
+    for table in (edges, edges.assign(weight=1.0), edges[:2]):  # also 3 x 3 and 2 x 2
+        with pytest.raises(ValueError, match="from_pandas_edgelist"):
+            adjacency(table)
+    square = pd.DataFrame(D, index=names, columns=names)
+    assert np.array_equal(adjacency(square).toarray(), D)
+
+
+FIRST = np.arange(N) > 4
+SOME = [str(k) for k in Y[5:]]
+
+
+@pytest.mark.parametrize("none", [-1, math.nan, None, ""])
+def test_labels_that_stand_for_none_need_a_mask(none):
+    if none in ("", None):
+        hidden, known = [none] * 5 + SOME, np.array(["x"] * 5 + SOME)
+    else:
+        hidden, known = [none] * 5 + Y[5:].tolist(), Y
+    kept = np.array(hidden, dtype=object)
+    for labels in (hidden, kept):
+        with pytest.raises(ValueError, match=f"labels holds 5 of {N} .*give mask="):
+            fast(A, labels)
+        assert fast(A, labels, mask=FIRST) == fast(A, known, mask=FIRST)
+    with pytest.raises(ValueError, match="stand for no label"):
+        fast(A, ["b", math.nan, *hidden[2:]], mask=np.arange(N) < 40)
+
+
+def test_draws_that_cannot_reach_alpha():
+    for name in ("permutations", "redirections"):
+        with pytest.raises(
+            ValueError, match=f"{name}=18: must be 0, or at least 19 for alpha=0.05"
+        ):
+            amud(A, Y, **{name: 18})
+        assert amud(A, Y, **{name: 19}) and amud(A, Y, alpha=0.1, **{name: 9})
+    assert amud(A, Y).test == "200 permutations"
+    assert amud(A, Y, alpha=0.001).test.startswith("normal")
+
+
+def test_masks_and_labels_of_the_training():
+    known = Y > 0
+    one = fit_adpa([PROP], [Y], [known], steps=2)[0](PROP)
+    assert torch.equal(one, fit_adpa([PROP], [Y], [np.flatnonzero(known)], steps=2)[0](PROP))
+    unread = np.where(known, Y, np.nan)
+    assert torch.equal(one, fit_adpa([PROP], [unread], [known], steps=2)[0](PROP))
 
 
 def test_connectome():
@@ -556,6 +638,20 @@ def test_on_a_model_that_is_not_ours():
         (lambda: ADPA(4, 3)(PROP[:, :, :2]), "prop has shape"),
         (lambda: fit_adpa([PROP], [Y], [Y > 0], hidde=3), "unexpected keyword"),
         (lambda: fit_adpa([PROP] * 2, [Y] * 2, [Y > 0, Y > 1]), "one size"),
+        (lambda: fit_adpa([PROP], [Y], [1 * (Y > 0)]), r"masks\[0\] must be booleans"),
+        (lambda: fit_adpa([PROP], [Y], [Y > 9]), r"masks hold \[0\]"),
+        (lambda: fit_adpa([PROP], [Y - 1], [Y < 2]), r"labels\[0\] holds -1"),
+        (lambda: fit_adpa([PROP], [Y + 0.5], [Y < 2]), "integers from 0"),
+        (lambda: fit_adpa([PROP], [Y.astype(str)], [Y < 2]), "integers from 0"),
+        (lambda: fit_adpa([PROP], [Y[1:]], [Y < 2]), f"must be {N} integers"),
+        (lambda: fit_adpa([], [], []), "at least one"),
+        (lambda: amud(A, Y, alpha=0), "alpha=0: must be a number above 0"),
+        (lambda: adjacency(A, N + 1), f"nodes={N + 1}: the graph has {N}"),
+        (lambda: adjacency(nx.path_graph(3), 4), "nodes=4: the graph has 3"),
+        (
+            lambda: adjacency(SimpleNamespace(edge_index=np.array([[0], [1]]), num_nodes=3), 2),
+            "num_nodes=3",
+        ),  # fmt: skip
         (lambda: world(0, cyclic(1), labelled=0), "labelled=0"),
         (lambda: connectome("middle"), "side='middle'"),
     ],
