@@ -7,6 +7,9 @@ does not show."""
 # %% ../../nbs/adaptive/702_madaug.ipynb #9faed981
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -65,6 +68,7 @@ class Op(NamedTuple):
 
     fn: Callable
     signed: bool = False  # v goes both ways: a coin for each image gives the sign
+    range: tuple | None = None  # values of the images that it is for, (low, high); None: any
 
 
 def classic_ops(
@@ -91,7 +95,7 @@ def classic_ops(
             row = [entry[k](v, x) if k in entry else r for k, r in zip("abcdef", row)]
             return affine(x, torch.stack(row, -1).unflatten(-1, (2, 3)), low)
 
-        return Op(fn, signed=True)
+        return Op(fn, True, (low, high))
 
     turn, inverse = lambda v: v * math.radians(degrees), lambda v, x: (-zoom * v).exp()
 
@@ -112,8 +116,10 @@ def classic_ops(
         "shift x": move(c=lambda v, x: -shift * x.shape[3] * v),
         "shift y": move(f=lambda v, x: -shift * x.shape[2] * v),
         "zoom": move(a=inverse, e=inverse),
-        "brightness": Op(lambda x, v: (low + (x - low) * by(v)).clamp(low, high), signed=True),
-        "contrast": Op(contrast, signed=True),
+        "brightness": Op(
+            lambda x, v: (low + (x - low) * by(v)).clamp(low, high), True, (low, high)
+        ),
+        "contrast": Op(contrast, True, (low, high)),
         "blur": Op(blur),
     }
 
@@ -406,7 +412,7 @@ def _each(x, m, ops, grad, generator):  # (n, B, C, H, W), all operations on eac
     coin, out = _rand(m, generator) < 0.5, []
     for j, (name, op) in enumerate(ops.items()):
         with torch.set_grad_enabled(torch.is_grad_enabled() and grad == "true"):
-            y = _apply(name, op, x, m[:, j], coin[:, j])
+            y = _apply(name, op, x.clone(), m[:, j], coin[:, j])  # it may work in place
         if grad == "ste":
             y = y + (m[:, j] - m[:, j].detach()).view(-1, 1, 1, 1)
         out.append(y)
@@ -430,6 +436,36 @@ def mix(
 def _is_pair(valid):  # (x, y), not a list of batches
     listed = isinstance(valid, tuple | list)
     return listed and len(valid) == 2 and all(isinstance(v, torch.Tensor) for v in valid)
+
+
+def _apart(loss):  # the loss, one number a sample
+    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
+        loss = copy.copy(loss)
+        loss.reduction = "none"
+        return loss
+    takes = inspect.signature(loss).parameters.values()
+    if not any(p.name == "reduction" or p.kind == p.VAR_KEYWORD for p in takes):
+        raise ValueError(f"loss={loss!r}: relax='losses' needs one with `reduction`, as torch's")
+    return functools.partial(loss, reduction="none")
+
+
+def _moves(opt, module, name, whose):  # some of these parameters
+    mine = {id(p) for p in module.parameters()}
+    if not any(id(p) in mine for group in opt.param_groups for p in group["params"]):
+        raise ValueError(f"{name} holds no parameter of {whose}: make it from {whose}.parameters()")
+
+
+def _outside(x, ops):  # a sentence if images are not in the range that operations are for
+    known = [op.range for op in ops.values() if op.range is not None]
+    if not known or not x.numel():
+        return None
+    low, high, (a, b) = max(r[0] for r in known), min(r[1] for r in known), x.aminmax()
+    if a >= low - 1e-3 * (high - low) and b <= high + 1e-3 * (high - low):
+        return None
+    return (
+        f"x lies in {float(a):.3g} to {float(b):.3g}, but ops are for images from {low:g} to"
+        f" {high:g}: give ops=classic_ops(low, high)"
+    )
 
 
 def virtual_step(
@@ -470,7 +506,8 @@ class MADAug(nn.Module):
         valid: tuple | Iterable | None = None,
         *,
         ops: dict[str, Op] = OPS,
-        loss: Callable = F.cross_entropy,  # loss(model(x), y); "losses" needs its `reduction`
+        # loss(model(x), y), a function or one of torch's modules; "losses" needs its `reduction`
+        loss: Callable = F.cross_entropy,
         relax: str = "images",  # eq. (5), the paper's, or "losses", eq. (8)
         grad: str = "ste",  # as in `mix`
         detach_features: bool = False,  # True: cut the path from the weights to the policy
@@ -492,6 +529,11 @@ class MADAug(nn.Module):
             )
         if not callable(features):
             raise ValueError(f"features={features!r}: must be a function of images")
+        _moves(opt, model, "opt", "model")
+        if policy_opt is not None:
+            _moves(policy_opt, policy, "policy_opt", "policy")
+        if relax == "losses":
+            _apart(loss)
         if policy_opt is not None and valid is None:
             raise ValueError("valid=None: the policy needs validation data, kept from training")
         if _is_pair(valid) and not len(valid[0]) == len(valid[1]) > 0:
@@ -507,7 +549,7 @@ class MADAug(nn.Module):
         self.model, self.policy = model, policy
         self.features = (features,)  # a tuple: not a submodule a second time
         self.opt, self.policy_opt, self.valid, self._stream = opt, policy_opt, valid, None
-        self.loss, self.relax, self.grad = loss, relax, grad
+        self.loss, self.relax, self.grad, self._looked = loss, relax, grad, False
         self.detach_features, self.every = detach_features, _whole(every, "every")
         self.temperature = _number(temperature, "temperature", above=True)
         self.k, self.jitter, self.tau, self.floor = k, jitter, tau, floor
@@ -570,7 +612,7 @@ class MADAug(nn.Module):
                 each = _each(x, m, self.ops, self.grad, self.generator)
                 out, n = call(params, each.flatten(0, 1)), len(each)
                 target = y.repeat(n, *[1] * (y.ndim - 1))
-                each = self.loss(out, target, reduction="none").reshape(n, len(x), -1).mean(-1)
+                each = _apart(self.loss)(out, target).reshape(n, len(x), -1).mean(-1)
                 inner = (p.T * each).sum(0).mean()
             w = [*params.values()]
             grads = torch.autograd.grad(inner, w, create_graph=True, allow_unused=True)
@@ -599,6 +641,9 @@ class MADAug(nn.Module):
             self._stream = iter(self.valid) if self._stream is None else self._stream
             batch = next(self._stream, None)
             if batch is not None:
+                if not isinstance(batch, tuple | list) or len(batch) != 2:
+                    got = type(batch).__name__
+                    raise ValueError(f"valid gave a batch of type {got}: must be a pair (x, y)")
                 return batch
             self._stream = None
         raise ValueError("valid gave no batch: it must hold validation data")
@@ -613,6 +658,9 @@ class MADAug(nn.Module):
         if epoch is None and self.epoch_size is None:
             raise ValueError("epoch=None: give it, or epoch_size to MADAug")
         epoch = int(self.seen) / self.epoch_size if epoch is None else epoch
+        if not self._looked and (said := _outside(x, self.ops)):  # at the first batch
+            warnings.warn(said, stacklevel=2)
+        self._looked = True
         n = int(curriculum(epoch, self.tau, self.floor) * len(x))
         if self.policy_opt is not None and int(self.steps) % self.every == 0:
             xv, yv = (v.to(x.device) for v in self._validation(len(x)))

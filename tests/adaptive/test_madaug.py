@@ -456,6 +456,14 @@ def made(**how):
     return case(**how)[0]
 
 
+def swapped(name):  # an optimizer of something else
+    net, policy = Small(), Policy(8)
+    given = {k: torch.optim.SGD(v.parameters(), 0.1) for k, v in
+             dict(opt=net, policy_opt=policy).items()}  # fmt: skip
+    given[name] = torch.optim.SGD(Small().parameters(), 0.1)
+    return MADAug(net, policy, net.body, **given, valid=(X, P))
+
+
 X, P = torch.zeros(2, 1, 4, 4), torch.full((2, 10), 0.1)
 NAN = float("nan")
 
@@ -491,6 +499,11 @@ NAN = float("nan")
         (lambda: Policy(3, hidden=0), "hidden=0"),
         (lambda: Policy(3, n_ops=2.0), "n_ops=2.0"),
         (lambda: made(valid=None), "valid=None"),
+        (lambda: made(valid=[{"x": X, "y": P}]).train_step(*case()[1][:2]), "batch of type dict"),
+        (lambda: made(valid={"x": X, "y": P}).train_step(*case()[1][:2]), "batch of type str"),
+        (lambda: swapped("opt"), "opt holds no parameter of model"),
+        (lambda: swapped("policy_opt"), "policy_opt holds no parameter of policy"),
+        (lambda: made(relax="losses", loss=lambda a, b: (a - b).mean()), "needs one with `redu"),
         (lambda: made(relax="pictures"), "relax='pictures'"),
         (lambda: made(grad="gumbel"), "grad='gumbel'"),
         (lambda: made(every=0), "every=0"),
@@ -511,6 +524,45 @@ NAN = float("nan")
 def test_bad_input(call, says):
     with pytest.raises((ValueError, TypeError), match=says):
         call()
+
+
+def test_a_module_is_a_loss_too():
+    for kind in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.1)):
+        as_function = lambda out, y, reduction="mean", k=kind: F.cross_entropy(
+            out, y, reduction=reduction, label_smoothing=k.label_smoothing
+        )
+        for relax in ("images", "losses"):
+            a, data = case(relax=relax, loss=kind)
+            b, _ = case(relax=relax, loss=as_function)
+            for g, h in zip(slope_of(a, data), slope_of(b, data)):
+                assert torch.equal(g, h) and g.abs().max() > 0
+        assert kind.reduction == "mean"
+
+
+@pytest.mark.parametrize("grad", ["ste", "true"])
+def test_operations_may_work_in_place(grad):
+    copies = {"half": lambda x, v: x * (1 - v / 2).view(-1, 1, 1, 1), "none": lambda x, v: x}
+    ops = copies | {"half": lambda x, v: x.mul_((1 - v / 2).view(-1, 1, 1, 1))}
+    x, p, m = pictures(2, 1, 4, 4), torch.full((2, 2), 0.5).double(), torch.ones(2, 2).double()
+    kept = x.clone()
+    assert torch.equal(mix(x, p, m, ops, grad), mix(kept, p, m, copies, grad))
+    augment(x, p, m, ops)
+    assert torch.equal(x, kept)
+
+
+def test_images_outside_of_the_range_are_told_once():
+    aug, (x, y, *_) = case()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aug.train_step(x, y)  # within -1 to 1
+    aug, _ = case()
+    with pytest.warns(UserWarning, match=r"x lies in .*from -1 to 1: give ops=classic_ops"):
+        aug.train_step(3 * x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aug.train_step(3 * x, y)
+        wide = {k: classic_ops(-3.0, 3.0)[k] for k in SOME}
+        case(ops=wide)[0].train_step(3 * x, y)
 
 
 def test_features_must_be_rows():
