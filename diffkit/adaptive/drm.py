@@ -7,6 +7,7 @@ heads, their entropy, can see and what it cannot."""
 # %% ../../nbs/adaptive/705_drm.ipynb #d25f4ed4
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -101,7 +102,8 @@ def steer(
     if probs.ndim != 3 or len(probs) < 2 or not probs.numel():
         raise ValueError(f"probs has shape {tuple(probs.shape)}: must be (domains + 1, B, classes)")
     if not ((probs >= 0).all() and (probs.sum(-1) - 1).abs().max() < 1e-3):
-        raise ValueError("probs must be at least 0 and sum to 1 over classes: give probabilities")
+        why = "x gave nan" if probs.isnan().any() else "give probabilities"
+        raise ValueError(f"probs must be at least 0 and sum to 1 over classes: {why}")
     if include_joint not in (None, True, False):
         raise ValueError(f"include_joint={include_joint!r}: must be True, False or None")
     blind = how in ("prototype", "discriminator")
@@ -130,6 +132,16 @@ def steer(
 # %% ../../nbs/adaptive/705_drm.ipynb #42a8adcf
 def _dims(K, C, D):
     return whole(K, "domains"), whole(C, "classes", 2), whole(D, "features_dim")
+
+
+def _labels(y, classes, name):  # checked
+    if not isinstance(y, torch.Tensor) or y.dtype != torch.int64 or y.ndim != 1:
+        kind = (y.dtype, tuple(y.shape)) if isinstance(y, torch.Tensor) else type(y).__name__
+        raise ValueError(f"{name} has labels of {kind}: must be an int64 tensor (n,)")
+    if len(y) and (y.min() < 0 or y.max() >= classes):
+        raise ValueError(
+            f"{name} has labels from {y.min()} to {y.max()}: must be from 0 to {classes - 1}"
+        )
 
 
 class DRM(nn.Module):
@@ -178,9 +190,7 @@ class DRM(nn.Module):
             if not len(y) or len(x) != len(y):
                 raise ValueError(f"batches[{k}] has {len(x)} inputs and {len(y)} labels: must be"
                                  " equally many, at least one")  # fmt: skip
-            if y.min() < 0 or y.max() >= self.classes:
-                raise ValueError(f"batches[{k}] has labels from {y.min()} to {y.max()}: must be"
-                                 f" from 0 to {self.classes - 1}")  # fmt: skip
+            _labels(y, self.classes, f"batches[{k}]")
         both = self.logits(torch.cat([x for x, _ in batches]))
         total = 0.0
         for k, part in enumerate(both.split([len(y) for _, y in batches], dim=1)):
@@ -194,10 +204,9 @@ class DRM(nn.Module):
     def weights(
         self, x, how="entropy", gamma=None, *, include_joint=None, per="sample", metric="l2"
     ) -> torch.Tensor:  # (K + 1, B), as `steer` gives them
-        return self._steered(x, how, gamma, include_joint, per, metric)[0]
+        return self._steered(self.features(x), how, gamma, include_joint, per, metric)[0]
 
-    def _steered(self, x, how, gamma, include_joint, per, metric):
-        f = self.features(x)
+    def _steered(self, f, how, gamma, include_joint, per, metric):
         p = self.probs(f)
         d, W = None, self.domain.to(f.dtype)
         if how == "discriminator":
@@ -217,7 +226,14 @@ class DRM(nn.Module):
         metric: str = "l2",
     ) -> torch.Tensor:  # (B, C) probabilities
         "The steered mixture (3)."
-        w, p = self._steered(x, how, gamma, include_joint, per, metric)
+        more = dict(include_joint=include_joint, per=per, metric=metric)
+        return self.mixture(self.features(x), how, gamma, **more)
+
+    def mixture(
+        self, f, how="entropy", gamma=None, *, include_joint=None, per="sample", metric="l2"
+    ) -> torch.Tensor:  # features (B, D) -> (B, C) probabilities
+        "As `forward`, from features."
+        w, p = self._steered(f, how, gamma, include_joint, per, metric)
         return (w[..., None] * p).sum(0)
 
 # %% ../../nbs/adaptive/705_drm.ipynb #f200d150
@@ -234,8 +250,15 @@ def domain_batches(
     generator: torch.Generator | None = None,
 ) -> Iterator[list]:  # without end: lists of (x, y), one a domain
     "Minibatches for `DRM.loss`, drawn with replacement."
-    known = [set(y.unique().tolist()) for _, y in sets]
     size = whole(size, "size")
+    for k, one in enumerate(sets):
+        pair = isinstance(one, tuple | list) and len(one) == 2
+        if not pair or not all(isinstance(v, torch.Tensor) for v in one):
+            raise TypeError(
+                f"sets[{k}] is a {type(one).__name__}: must be (x, y) tensors; the batches of"
+                " loaders are zip(*loaders)"
+            )
+    known = [set(y.unique().tolist()) for _, y in sets]
     for k, mine in enumerate(known):
         if missing := sorted(set().union(*known) - mine):
             raise ValueError(f"sets[{k}] has no sample of classes {missing}: must have all of them")
@@ -282,13 +305,27 @@ def _collect(model, data):  # features and labels of a set
     return tuple(torch.cat(v) for v in zip(*found))
 
 
-def _all_sets(model, sets):
+@contextlib.contextmanager
+def _still(model):  # in eval mode; afterwards each part as it was
+    modes = [(u, u.training) for u in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for u, mode in modes:
+            u.training = mode
+
+
+def _all_sets(model, sets, labels=True):  # labels: are they used?
     if len(sets) != model.domains:
         raise ValueError(f"sets holds {len(sets)}: must be one a domain, {model.domains}")
-    was = model.training
-    model.eval()
-    found = [_collect(model, data) for data in sets]
-    model.train(was)
+    with _still(model):
+        found = [_collect(model, data) for data in sets]
+    for k, (f, y) in enumerate(found):
+        if not torch.isfinite(f).all():
+            raise ValueError(f"sets[{k}]: x gave features that are nan or infinite")
+        if labels:
+            _labels(y, model.classes, f"sets[{k}]")
     return found
 
 
@@ -297,13 +334,13 @@ def prototypes(
     sets: Sequence,  # one a source domain: (x, y), or a loader
 ) -> torch.Tensor:  # (K, D) mean features, which the model keeps
     "The mean feature of each domain, for how='prototype'."
-    model.prototypes.copy_(torch.stack([f.mean(0) for f, _ in _all_sets(model, sets)]))
+    model.prototypes.copy_(torch.stack([f.mean(0) for f, _ in _all_sets(model, sets, False)]))
     return model.prototypes
 
 
 def _domains_of(found):  # features of all sets, and which set each came from
-    which = torch.cat([torch.full_like(y, k) for k, (_, y) in enumerate(found)])
-    return torch.cat([f for f, _ in found]), which
+    which = [torch.full((len(f),), k, device=f.device) for k, (f, _) in enumerate(found)]
+    return torch.cat([f for f, _ in found]), torch.cat(which)
 
 
 def discriminator(
@@ -312,7 +349,7 @@ def discriminator(
     penalty: float = 1e-2,  # half of it times the squared weights is added to the cross entropy
 ) -> torch.Tensor:  # (K, D + 1) weights and offsets, which the model keeps
     "A logistic regression from features to domains, for how='discriminator'."
-    f, k = _domains_of(_all_sets(model, sets))
+    f, k = _domains_of(_all_sets(model, sets, False))
     model.domain.copy_(_logistic(f, k, model.domains, number(penalty, "penalty", above=True)))
     return model.domain
 
@@ -336,8 +373,11 @@ def fit_heads(
     return model
 
 
-def _temperature(z, y, low=math.log(0.05), high=math.log(50)):  # of least cross entropy
-    z = z.double()
+_BOUNDS = 0.05, 50.0  # of a temperature
+
+
+def _temperature(z, y):  # of least cross entropy
+    z, (low, high) = z.double(), map(math.log, _BOUNDS)
     true = z.gather(1, y[:, None])[:, 0].mean()
     for _ in range(40):
         mid = (low + high) / 2
@@ -356,6 +396,14 @@ def calibrate(
     found = _all_sets(model, sets)
     found.append(tuple(torch.cat(v) for v in zip(*found)))
     all_T = [_temperature(h(f), y) for h, (f, y) in zip(model.heads, found)]
+    names = [*range(model.domains), "joint"]
+    low, high = _BOUNDS[0] * 1.001, _BOUNDS[1] / 1.001
+    if ends := [f"{k}: {T:.2g}" for k, T in zip(names, all_T) if not low < T < high]:
+        warnings.warn(
+            f"heads at a bound of the temperatures ({', '.join(ends)}): all answers are right, as"
+            " on data that were trained on, or they say nothing of the labels",
+            stacklevel=3,
+        )
     model.temperature.copy_(torch.tensor(all_T))
     return model.temperature
 
@@ -370,14 +418,14 @@ STEERINGS = tuple(
 @torch.no_grad()
 def choose(
     model: DRM,  # with prototypes and discriminator, if they are among the options
-    sets: Sequence,  # one a source domain, held out: (x, y) tensors
+    sets: Sequence,  # one a source domain, held out: (x, y), or a loader
     options: Sequence[dict] = STEERINGS,  # keywords of `DRM.forward`
 ) -> dict:  # the best of them
     "The steering with the best accuracy on held-out source data; equals: the least cross entropy."
-    x, y = (torch.cat(v) for v in zip(*sets))
+    f, y = (torch.cat(v) for v in zip(*_all_sets(model, sets)))
     ranked = []
     for one in options:
-        p = model(x, **one)
+        p = model.mixture(f, **one)
         right = (p.argmax(-1) == y).double().mean().item()
         sure = p.gather(1, y[:, None]).clamp_min(1e-12).log().mean().item()
         ranked.append((right, sure))
@@ -416,9 +464,11 @@ class OnlineDRM:
             if not isinstance(v, bool):
                 raise ValueError(f"{k}={v!r}: must be True or False")
         self.reset, self.encoder, self.steering = reset, encoder, steering
-        self.source = copy.deepcopy(model).eval()
+        with torch.inference_mode(False):
+            self.source = copy.deepcopy(model).eval()
         self.restart()
 
+    @torch.inference_mode(False)
     def restart(self):
         "Forget the stream."
         self.model = copy.deepcopy(self.source)
@@ -446,8 +496,20 @@ class OnlineDRM:
             sum(parts).backward()
             self.optimizer.step()
 
+    def state_dict(self) -> dict:
+        "What a stream that was broken off needs to go on."
+        return dict(model=self.model.state_dict(), optimizer=self.optimizer.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        "Go on from there."
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()  # it learns where its caller does not
     def predict(self, x) -> torch.Tensor:  # (B, C) probabilities
         "Answer this batch, then learn from it; with reset=True learn first, and forget."
+        x = x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
         if self.reset:
             self.restart()
         p = self._answer(x)
@@ -479,7 +541,10 @@ def adaptivity_gap(
     **steering,  # as in `DRM.forward`
 ) -> Gap:
     "The adaptivity gap of a steering, and the oracles of (2)."
-    w, p = model(x, **steering), model.probs(model.features(x))
+    with _still(model):
+        f = model.features(x)
+        w, p = model.mixture(f, **steering), model.probs(f)
+    _labels(y, model.classes, "y")
     pick = lambda v: v.gather(-1, y.expand(v.shape[:-1])[..., None])[..., 0].clamp_min(1e-12)
     each = -pick(p).log().mean(1)
     a, least = best_mixture(pick(p))
@@ -574,7 +639,9 @@ def drm_bed(
     out["T3A"] = score(torch.cat([rival.predict(part) for part in f.split(100)]))
     prototypes(model, sets)
     discriminator(model, sets)
-    calibrate(model, held)
+    with warnings.catch_warnings():  # where the joint head can say nothing
+        warnings.simplefilter("ignore")
+        calibrate(model, held)
     out["entropy, calibrated"] = score(model(x))
     for how in ("prototype", "discriminator"):
         out[how] = score(model(x, how))

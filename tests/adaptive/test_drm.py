@@ -458,7 +458,91 @@ def test_on_a_transformer_encoder_with_loaders():
     assert OnlineDRM(m, 1e-3, how="prototype").predict(sets[0][0][:1].float()).shape == (1, 2)
 
 
+# --- modes, loaders, streams that others hold
+
+
+def noisy(seed=0):  # dropout, and a norm layer that is meant to stay as it is
+    torch.manual_seed(seed)
+    body = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.BatchNorm1d(5))
+    m = DRM(body, 5, 3, 3).double().train()
+    body[2].eval()
+    return m, body
+
+
+def test_what_evaluates_is_in_eval_mode_and_leaves_modes_alone():
+    (m, body), held = noisy(), data(seed=10)
+    prototypes(m, held), discriminator(m, held)
+    x, y = held[0]
+    found = choose(m, held), adaptivity_gap(m, x, y), calibrate(m, held).clone()
+    assert m.training and body[1].training and not body[2].training
+    with pytest.raises(RuntimeError):
+        prototypes(m, [(x[:, :1], y)] * 3)
+    assert m.training and body[1].training and not body[2].training
+    m.temperature.fill_(1.0)
+    m.eval()
+    assert choose(m, held) == found[0] and torch.equal(calibrate(m, held), found[2])
+    m.temperature.fill_(1.0)
+    again = adaptivity_gap(m, x, y)
+    assert again[:5] == found[1][:5] and torch.equal(again.weights, found[1].weights)
+
+
+def test_choose_takes_loaders():
+    m, held = ready(), data(seed=10)
+    loaders = [DataLoader(TensorDataset(*s), 7) for s in held]
+    assert choose(m, loaders) == choose(m, held)
+
+
+def test_labels_are_not_asked_where_they_are_not_used():
+    m, sets = model(), data()
+    want = prototypes(m, sets).clone(), discriminator(m, sets).clone()
+    none = [(x, torch.full((len(x),), -1.0)) for x, _ in sets]
+    assert torch.equal(prototypes(m, none), want[0])
+    assert torch.equal(discriminator(m, none), want[1])
+
+
+def test_a_temperature_at_its_bound_is_told():
+    m = model(C=3)
+    for h in m.heads[1:]:
+        h.load_state_dict(m.heads[0].state_dict())
+    draw = lambda x: torch.multinomial((3 * m.logits(x)[0]).softmax(-1), 1, generator=gen())[:, 0]
+    sets = [(x, draw(x)) for x in rand(3, 400, 4, seed=20)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrate(m, sets)
+    sets[1] = (sets[1][0], m.logits(sets[1][0])[1].argmax(-1))  # always right
+    with pytest.warns(UserWarning, match=r"heads at a bound of the temperatures \(1: 0.05\)"):
+        calibrate(m, sets)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_stream_learns_where_its_caller_does_not(mode, reset):
+    parts = data(seed=11)[0][0].split(10)
+    how = dict(lr=0.1, beta=0.3, reset=reset, encoder=True)
+    a = OnlineDRM(ready(), **how)
+    want = [a.predict(x) for x in parts]
+    with mode():
+        b = OnlineDRM(ready(), **how)
+        got = [b.predict(x.clone()) for x in parts]
+    assert equal(got, want) and equal(params(a.model), params(b.model))
+    assert not equal(params(a.model), params(a.source))
+
+
+def test_a_stream_goes_on_from_its_state():
+    first, second = data(seed=11)[0][0].split(15)
+    a, b = (OnlineDRM(ready(), 0.1, 0.3) for _ in range(2))
+    a.predict(first)
+    b.load_state_dict(copy.deepcopy(a.state_dict()))
+    for x in (second, first):
+        assert torch.equal(a.predict(x), b.predict(x))
+    b.restart()
+    assert equal(params(b.model), params(b.source))
+
+
 # --- errors
+
+
+LOADER = DataLoader(TensorDataset(*data()[0]), 7)
 
 
 @pytest.mark.parametrize(
@@ -495,6 +579,17 @@ def test_on_a_transformer_encoder_with_loaders():
         (lambda: model(C=2).loss(data()), "labels from 0 to 2"),
         (lambda: domain_batches([(rand(2, 4), torch.tensor([0, 1])), data()[0]]), r"\[2\]"),
         (lambda: domain_batches(data(), 0), "size=0"),
+        (lambda: domain_batches([LOADER] * 3), r"sets\[0\] is a DataLoader: must be \(x, y\)"),
+        (lambda: model().loss([(x, y.int()) for x, y in data()]), "int32.*must be an int64"),
+        (lambda: model().loss([(x, y[:, None]) for x, y in data()]), r"\(30, 1\).*int64 tensor"),
+        (lambda: model().loss([(x, y.tolist()) for x, y in data()]), "labels of list"),
+        (lambda: fit_heads(model(), [(x, y.double()) for x, y in data()]), r"sets\[0\].*float64"),
+        (lambda: calibrate(model(), [(x, y - 1) for x, y in data()]), "labels from -1 to 1"),
+        (lambda: choose(model(), [(x, y + 1) for x, y in data()]), "labels from 1 to 3"),
+        (lambda: choose(model(), data()[:2]), "sets holds 2"),
+        (lambda: adaptivity_gap(model(), data()[0][0], data()[0][1] - 1), "y has labels from -1"),
+        (lambda: model()(math.nan * data()[0][0]), "x gave nan"),
+        (lambda: prototypes(model(), [(x / 0, y) for x, y in data()]), r"sets\[0\]: x gave"),
         (lambda: prototypes(model(), data()[:2]), "sets holds 2"),
         (lambda: discriminator(model(), data(), -1), "penalty=-1"),
         (lambda: fit_heads(DRM(nn.Identity(), 4, 3, 3, nn.Bilinear), data()), "argument"),
