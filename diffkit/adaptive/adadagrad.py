@@ -300,6 +300,14 @@ def per_sample_grads(
     return (flat, losses.detach()) if values else flat
 
 
+def _refuse_lost(values, whole):  # losses of single samples, and that of all of them
+    if math.isfinite(whole) and (lost := int((~torch.isfinite(values)).sum())):
+        raise ValueError(
+            f"loss gave nan or inf for {lost} of {len(values)} samples, but not for the batch: each"
+            " needs a loss of its own (one whose label is ignored has none: leave it out)"
+        )
+
+
 class _Carry(torch.autograd.Function):  # a value whose gradient is known already
     @staticmethod
     def forward(ctx, value, grads, *params):
@@ -322,7 +330,7 @@ class BatchSizer:
     def __init__(
         self,
         b0: int,  # first batch size, of all processes together
-        b_max: int,  # the largest; from there on nothing is tested
+        b_max: int,  # the largest, at most the samples of the data; from there on nothing is tested
         test: str = "norm",  # or "inner", or "augmented"
         every: int = 10,  # steps from test to test
         *,
@@ -366,7 +374,7 @@ class BatchSizer:
         self.debias, self.population, self.growth = bool(debias), population, growth
         self.parts, self.chunk, self.multiple, self.on_growth = parts, chunk, multiple, on_growth
         self.step, self.history = 0, [(0, b0)]  # (step from which on, size)
-        self._checked = False
+        self._checked, self._odd = False, 0  # batches in a row of another size; -1: told
 
     @property
     def due(self) -> bool:  # is this step one with a test?
@@ -427,16 +435,35 @@ class BatchSizer:
         self,
         loss: Callable,  # loss(model, batch) -> scalar, a mean over samples
     ) -> Callable:  # the same; when a test is due, its gradient is used for it, too
-        "A loss that tests while it is used."
+        "A loss that tests while it is used; each call with gradients is a step."
 
         def watched(model, batch):
             if not torch.is_grad_enabled():
                 return loss(model, batch)
+            self._compare(batch)
             value = self._test(model, loss, batch) if self.due else loss(model, batch)
             self.step += 1
             return value
 
         return watched
+
+    def _compare(self, batch):  # one short batch is the last of an epoch; five in a row are not
+        if self._odd < 0:
+            return
+        rows = [len(v) for v in tree_flatten(batch)[0] if isinstance(v, torch.Tensor) and v.ndim]
+        dist = torch.distributed
+        on = dist.is_available() and dist.is_initialized()
+        seen = rows[0] * (dist.get_world_size() if on else 1) if rows else self.size
+        self._odd = 0 if seen == self.size else self._odd + 1
+        if self._odd == 5:
+            self._odd = -1
+            warnings.warn(
+                f"step {self.step}: five batches in a row were not of the sizer's size, the last"
+                f" {seen} and not {self.size}: give batch_size=sizer to fit, or an"
+                " AdaptiveBatchSampler to the DataLoader, whose workers read ahead; b_max must be"
+                " at most the samples of the data",
+                stacklevel=3,
+            )
 
     def _test(self, model, loss, batch):
         params, rows = _trained(model), _rows(batch)
@@ -461,20 +488,37 @@ class BatchSizer:
         weight = grads.new_tensor([1.0] * rows if sizes is None else sizes) / rows
         with torch.autocast(grads.device.type, enabled=False):
             mean, g = weight @ values.to(grads), weight @ grads
+        if not torch.isfinite(values).all():
+            with torch.no_grad():
+                _refuse_lost(values, float(_scalar(loss(model, batch))))
         if not self._checked:
-            self._check_mean(model, loss, batch, mean)
+            self._check_mean(model, loss, batch)
         self.update(grads, sizes)
         return _carry(mean, g, params)
 
-    def _check_mean(self, model, loss, batch, mean):  # once, roughly; of a loss without chance
-        with torch.random.fork_rng(), torch.no_grad():
-            a, b = (float(_scalar(loss(model, batch))) for _ in range(2))
-        if a == b and abs(a - float(mean)) > 0.05 * max(abs(a), abs(float(mean))) + 1e-3:
+    def _check_mean(self, model, loss, batch):  # once, roughly, without dropout, on some samples
+        modes, self._checked = [(u, u.training) for u in model.modules()], True
+        few = tree_map(lambda v: v[:32], batch)
+        model.eval()
+        try:
+            with torch.random.fork_rng(), torch.no_grad():
+                a, b = (float(_scalar(loss(model, few))) for _ in range(2))
+                rows = [tree_map(lambda v, i=i: v[i : i + 1], few) for i in range(_rows(few))]
+                each = torch.stack([_scalar(loss(model, one)) for one in rows])
+        except Exception:  # a loss of the training mode only is not looked at
+            return
+        finally:
+            for u, mode in modes:
+                u.training = mode
+        _refuse_lost(each, a)
+        mean, size = float(each.double().mean()), float(each.double().abs().mean())
+        # two values of one batch differ if the loss has chance of its own
+        if a == b and abs(a - mean) > 0.05 * max(abs(a), size) + 1e-6:
             raise ValueError(
-                f"loss gave {a:.6g} for a batch and {float(mean):.6g} as the mean over its samples:"
-                " it must be a mean over samples"
+                f"loss gave {a:.6g} for a batch and {mean:.6g} as the mean of its samples: must be"
+                " a mean over samples, no sum and without class weights (they are divided by their"
+                " own sum: multiply the losses of samples by them, and take the mean)"
             )
-        self._checked = True
 
     def state_dict(self) -> dict:
         "What a broken run needs to go on."
@@ -527,12 +571,16 @@ class AdaptiveBatchSampler(torch.utils.data.Sampler):
         self.at = self.n
 
     def state_dict(self) -> dict:
-        "Order, place and sizer: `fit` keeps it in its checkpoint."
-        return dict(order=self.order, at=self.at, sizer=self.sizer.state_dict())
+        "Order, place, generator and sizer: `fit` keeps it in its checkpoint."
+        own = None if self.generator is None else self.generator.get_state()
+        return dict(order=self.order, at=self.at, generator=own, sizer=self.sizer.state_dict())
 
     def load_state_dict(self, state: dict) -> None:
         "Go on from there."
         self.order, self.at = state["order"], state["at"]
+        if state.get("generator") is not None:
+            self.generator = self.generator or torch.Generator()
+            self.generator.set_state(state["generator"].cpu())
         self.sizer.load_state_dict(state["sizer"])
 
 # %% ../../nbs/adaptive/701_adadagrad.ipynb #653849a7

@@ -632,6 +632,73 @@ def test_a_loss_that_is_no_mean_is_refused_and_dropout_is_not():
         sizer(b_max=10**6).watch(loss)(noisy, data(8)).backward()
 
 
+HARD = torch.tensor([1.0, 9.0, 3.0])
+ce = nn.functional.cross_entropy
+NO_MEANS = dict(
+    total=lambda m, b: ce(m(b[0]), b[1], reduction="sum"),
+    weighted=lambda m, b: ce(m(b[0]), b[1], weight=HARD),
+)
+
+
+@pytest.mark.parametrize("parts", [None, 3])
+@pytest.mark.parametrize("kind", NO_MEANS)
+def test_no_mean_is_refused_under_dropout_too(kind, parts):
+    torch.manual_seed(0)
+    noisy = nn.Sequential(nn.Linear(5, 30), nn.Dropout(0.5), nn.Linear(30, 3))
+    watched = sizer(b0=30, b_max=10**6, parts=parts).watch(NO_MEANS[kind])
+    with pytest.raises(ValueError, match="a mean over samples, no sum and without class weights"):
+        watched(noisy, data(30))
+    assert noisy.training and noisy[1].training
+    by_hand = lambda m, b: (HARD[b[1]] * ce(m(b[0]), b[1], reduction="none")).mean()
+    ok = sizer(b0=30, b_max=10**6, parts=parts)
+    ok.watch(by_hand)(noisy, data(30)).backward()
+    assert ok._checked and noisy[1].training
+    # a loss of the training mode only, and one with chance of its own, are not looked at
+    only = lambda m, b: loss(m, b) if m.training else None
+    sizer(b0=30, b_max=10**6).watch(only)(noisy, data(30))
+    chance = lambda m, b: loss(m, (b[0] + torch.randn_like(b[0]), b[1]))
+    sizer(b0=30, b_max=10**6).watch(chance)(noisy, data(30))
+
+
+def test_a_sample_whose_label_is_ignored_has_no_loss():
+    x, y = data(8)
+    watched = sizer(b0=8, b_max=10**6, every=1).watch(loss)
+    watched(net(), (x, y))
+    with pytest.raises(ValueError, match="nan or inf for 1 of 8 samples.*label is ignored"):
+        watched(net(), (x, torch.where(torch.arange(8) == 3, -100, y)))
+    with pytest.raises(FloatingPointError, match="step 1"):  # all of it is
+        watched(net(), (x * math.nan, y))
+
+
+def test_batches_of_another_size_are_told_once():
+    def run(rows, s):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            watched = s.watch(loss)
+            for n in rows:
+                watched(net(), data(n))
+        return [str(w.message) for w in told]
+
+    still = dict(b0=8, b_max=64, every=1, eta=1e6)  # which never grows
+    assert run([8, 8, 8, 8, 3] * 3 + [8, 3] * 8, sizer(**still)) == []
+    told = run([16] * 12, sizer(**still))
+    assert len(told) == 1 and "the last 16 and not 8: give batch_size=sizer" in told[0]
+    with pytest.warns(UserWarning, match="b_max must be at most the samples"):
+        s = sizer(b0=8, b_max=64, every=1, eta=1e-3)
+        fit(net(), s.watch(loss), data(30), 9, batch_size=s, progress=False)
+
+
+def test_the_sampler_keeps_its_generator():
+    a = AdaptiveBatchSampler(range(43), sizer(), rng(3))
+    next(iter(a))
+    state = a.state_dict()
+    rest = [list(a), list(a)]
+    for own in (rng(8), None):
+        b = AdaptiveBatchSampler(range(43), sizer(), own)
+        b.load_state_dict(state)
+        assert [list(b), list(b)] == rest
+
+
 def test_stats_is_a_tuple_of_its_fields():
     assert Stats._fields == ("n", "mean", "m2", "dof", "along", "across")
 
