@@ -32,6 +32,14 @@ def _vector(values, name, groups, least=0.0, above=False):  # one number a group
     return np.array(each, dtype=float)
 
 
+def _in_order(values, groups, name):  # a dict by group's name as a list
+    if not isinstance(values, dict):
+        return values
+    if set(values) != set(groups):
+        raise ValueError(f"{name} has {list(values)}: must be the groups {list(groups)}")
+    return [values[g] for g in groups]
+
+
 @dataclass(frozen=True)
 class PowerLaw:
     "The learning curve L(n) = a + b n^(-rho), eq. (1)."
@@ -151,7 +159,10 @@ def allocate(
     "The best allocation: the conditions (4), or for the worst group a common level (5)."
     curves, left, c, util, w, n = _problem(curves, budget, costs, utility, start)
     if not all(isinstance(f, PowerLaw) for f in curves):
-        raise TypeError("curves must be PowerLaw here; greedy_allocate takes any falling curve")
+        raise TypeError(
+            "curves must be PowerLaw here, of a CurveFit give its .curve; greedy_allocate takes any"
+            " falling curve"
+        )
     a, b, rho = (np.array([getattr(f, k) for f in curves]) for k in ("a", "b", "rho"))
     on = (w > 0) & (b > 0)  # who can gain at all
     if not on.any():
@@ -420,9 +431,10 @@ def _count(samples, name):  # how many samples, all parts alike
         return sizes.pop()
     if not (isinstance(samples, list | np.ndarray) or hasattr(samples, "detach")):
         kind = type(samples).__name__
+        hint = "; give its .to_numpy()" if hasattr(samples, "to_numpy") else ""
         raise TypeError(
             f"draw({name!r}, ...) returned {kind}: must be a list, an array, a tensor, or a tuple"
-            " or dict of these"
+            f" or dict of these{hint}"
         )
     return len(samples)
 
@@ -454,17 +466,18 @@ class AdaptiveCollector:
 
     def __init__(
         self,
-        draw: Callable,  # draw(group, k) -> k new samples: list, array, tensor, tuple or dict
+        # draw(group, k) -> k new samples: list, array, tensor, tuple or dict; fewer: it has no more
+        draw: Callable,
         evaluate: Callable,  # evaluate({group: samples}) -> {group: loss}, or {group: (ns, losses)}
         groups: Sequence[Hashable],  # their names
         budget: float,  # in the unit of the costs, the pilot included
-        costs: float | Sequence[float] = 1.0,  # of one sample
+        costs: float | Sequence[float] | dict = 1.0,  # of one sample; a dict is by group
         utility: str | float | Utility = "mean",  # as in `utility`
         *,
         block: int = 50,  # samples bought at once: each costs a round of evaluations
         pilot: int = 100,  # samples a group to begin with; see "A wrong curve" in the notebook
         strategy: str = "adaptive",  # or a heuristic, one of STRATEGIES
-        shares: Sequence[float] | None = None,  # of the population, for "proportional"
+        shares: Sequence[float] | dict | None = None,  # of the population, for "proportional"
         # parts of the present data that are trained on for the curves; not used where evaluate
         # returns whole curves
         fractions: Sequence[float] = (0.4, 0.6, 0.8, 1.0),
@@ -477,13 +490,14 @@ class AdaptiveCollector:
         for name, f in (("draw", draw), ("evaluate", evaluate), ("fit", fit)):
             if not callable(f):
                 raise TypeError(f"{name}={f!r}: must be a function")
-        if isinstance(groups, str) or len(set(groups)) != len(list(groups)) or not len(groups):
-            raise ValueError(f"groups={groups!r}: must be different names, at least one")
+        named = list(groups) if not isinstance(groups, str | set | frozenset) else []
+        if not named or len(set(named)) != len(named):
+            raise ValueError(f"groups={groups!r}: must be a list of different names, at least one")
         if strategy not in STRATEGIES:
             raise ValueError(f"strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
         self.draw, self.evaluate, self.fit = draw, evaluate, fit
-        self.groups, G = list(groups), len(groups)
-        self.costs = _vector(costs, "costs", G, 0, True)
+        self.groups, G = named, len(named)
+        self.costs = _vector(_in_order(costs, named, "costs"), "costs", G, 0, True)
         self.block, self.refit = _whole(block, "block", 1), _whole(refit, "refit", 1)
         self.pilot = _whole(pilot, "pilot", 1)
         self.budget = _number(budget, "budget", 0, True)
@@ -492,28 +506,43 @@ class AdaptiveCollector:
             raise ValueError(f"budget={budget!r}: must be at least {need:g}, pilot and reserve")
         self.utility = _utility(utility)
         self.weights = self.utility.of(G)
+        shares = _in_order(shares, named, "shares")
         self.shares = None if shares is None else _vector(shares, "shares", G, 0, True)
         if strategy == "proportional" and shares is None:
             raise ValueError("shares=None: must be given for strategy='proportional'")
         self.fractions = sorted({_number(f, "fractions", 0, True, 1.0) for f in fractions} | {1.0})
+        first = sorted({max(1, round(f * self.pilot)) for f in self.fractions})
+        if strategy == "adaptive" and fit is fit_curve and len(first) < 3:
+            raise ValueError(
+                f"pilot={pilot}, fractions={fractions!r}: the first curve would have the sizes"
+                f" {first}, must be at least 3 (a fit= of your own may need fewer)"
+            )
         self.strategy, self.thompson = strategy, bool(thompson)
         self.rng = np.random.default_rng(seed)
         self.n, self.spent = np.zeros(G, dtype=int), self.reserve
         self.data, self.history = dict.fromkeys(self.groups), History()
         self.seen = {g: ([], []) for g in self.groups}  # sizes and losses, for the curves
         self.fits, self._stale = None, 0  # purchases since the last evaluation
+        self.exhausted = set()  # groups that gave fewer samples than they were asked for
 
-    def _buy(self, lots):  # {index: k}; the books change only when all samples are here
-        new = {}
+    def _buy(self, lots):  # {index: k} -> how many; the books change only when all samples are here
+        new, got = {}, {}
         for i, k in lots.items():
             g = self.groups[i]
             new[i] = self.draw(g, k)
-            if (got := _count(new[i], g)) != k:
-                raise ValueError(f"draw({g!r}, {k}) returned {got} samples: must be {k}")
+            got[i] = _count(new[i], g)
+            if got[i] > k or (not got[i] and self.data[g] is None):
+                raise ValueError(f"draw({g!r}, {k}) returned {got[i]} samples: must be 1 to {k}")
         for i, k in lots.items():
-            self.data[self.groups[i]] = _join(self.data[self.groups[i]], new[i])
-            self.n[i] += k
-            self.spent += k * self.costs[i]
+            g = self.groups[i]
+            if got[i] < k:
+                self.exhausted.add(g)
+            if got[i]:
+                self.data[g] = _join(self.data[g], new[i])
+            self.n[i] += got[i]
+            self.spent += got[i] * self.costs[i]
+        if not any(got.values()):
+            return 0
         h = self.history
         only = bool(h.n)
         h.n.append(self.n.copy())
@@ -522,6 +551,7 @@ class AdaptiveCollector:
         h.picks.append(self.groups[next(iter(lots))] if only else None)
         h.curves.append(None)
         self._stale += 1
+        return sum(got.values())
 
     def _ask(self, data):  # what evaluate says, checked: {group: (sizes, losses)}, and which form
         said, out, whole = self.evaluate(data), {}, []
@@ -587,7 +617,8 @@ class AdaptiveCollector:
             return best
         return min(can, key=lambda i: (self.weights[i] == 0, self.n[i]))  # nobody gains: equal
 
-    def step(self) -> Hashable | None:  # the group that was bought from; None: the money is spent
+    # the group that was bought from; None: the money is spent, or no group has more
+    def step(self) -> Hashable | None:
         "One round: pilot if there is none, evaluate, decide, buy. Goes on where it was stopped."
         if not self.history.n:
             self._buy(dict.fromkeys(range(len(self.groups)), self.pilot))
@@ -597,16 +628,18 @@ class AdaptiveCollector:
             self._learn()
         left = (self.budget - self.spent) * (1 + 1e-12)
         sizes = [min(self.block, int(left / c)) for c in self.costs]
-        if not any(sizes):
-            if self._stale:
-                self._learn()
-            return None
-        i = self._choose(sizes)
-        self._buy({i: sizes[i]})
-        return self.groups[i]
+        sizes = [0 if g in self.exhausted else k for g, k in zip(self.groups, sizes)]
+        while any(sizes):
+            i = self._choose(sizes)
+            if self._buy({i: sizes[i]}):
+                return self.groups[i]
+            sizes[i] = 0
+        if self._stale:
+            self._learn()
+        return None
 
     def run(self, progress: bool = True) -> History:  # progress: a bar over the budget
-        "Rounds until the budget is spent; can be interrupted, and called again."
+        "Rounds until the budget or all supply is spent; can be interrupted, and called again."
         with tqdm(total=self.budget, disable=not progress, desc=self.strategy) as bar:
             while self.step() is not None:
                 bar.update(self.spent - bar.n)

@@ -416,6 +416,51 @@ def test_with_a_torch_network_and_dicts_of_tensors():
     assert len(c.data[0]["x"]) == 120 == len(c.data[0]["y"])
 
 
+@pytest.mark.parametrize("supply", [60, 75, 180, 205])  # the pilot, in a block, after a block
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_group_that_has_no_more_is_left_alone(strategy, supply):
+    left, asked = dict(a=10**6, b=supply), []
+
+    def draw(g, k):
+        asked.append(g)
+        got = min(k, left[g])
+        left[g] -= got
+        return (np.full(got, left[g]), [g] * got)
+
+    measure = lambda d: {g: float(f(len(d[g][0]))) for g, f in FALLS.items()}
+    how = dict(draw=draw, evaluate=measure, strategy=strategy, shares=dict(b=1, a=1))
+    c = ran(**how, costs=dict(b=1, a=2), budget=1001, seed=3)
+    assert len(c.data["b"][1]) == len(c.data["b"][0]) == c.n[1] == supply
+    assert c.exhausted == {"b"} and c.spent == c.n @ [2, 1] == 1001 - (1001 - supply) % 2
+    assert left["b"] == 0 and 10**6 - left["a"] == c.n[0]
+    short = max(i for i, g in enumerate(asked) if g == "b")
+    assert "b" not in asked[short + 1 :] and None in c.history.picks
+    assert all(np.diff(c.history.spent) > 0) and c.step() is None
+
+
+def test_all_supply_can_end_before_the_budget():
+    left = dict(a=100, b=90)
+
+    def draw(g, k):
+        got = min(k, left[g])
+        left[g] -= got
+        return [0] * got
+
+    c = ran(draw=draw)
+    assert c.n.tolist() == [100, 90] and c.spent == 190 and c.exhausted == {"a", "b"}
+
+
+def test_names_order_costs_and_shares():
+    by_name = ran(costs=dict(b=4, a=1), strategy="spend")
+    assert np.array_equal(by_name.n, ran(costs=[1, 4], strategy="spend").n)
+    assert by_name.costs.tolist() == [1, 4]
+
+
+class Table:
+    def to_numpy(self):
+        return np.zeros(60)
+
+
 def test_lists_and_parts_of_them():
     seen = []
     keep = lambda d: (seen.append(d), true_loss(d))[1]
@@ -518,7 +563,15 @@ def test_bed_knows_its_oracle():
         (lambda: toy(evaluate=lambda d: [1.0, 2.0]).step(), "evaluate returned"),
         (lambda: toy(evaluate=lambda d: dict(a=1.0, b=math.nan)).step(), "for 'b'"),
         (lambda: toy(evaluate=lambda d: dict(a=0.0, b=1.0)).step(), "for 'a'"),
-        (lambda: toy(draw=lambda g, k: [0] * (k - 1)).step(), "returned 59 samples"),
+        (lambda: toy(draw=lambda g, k: [0] * (k + 1)).step(), "returned 61 samples"),
+        (lambda: toy(draw=lambda g, k: []).step(), "returned 0 samples: must be 1 to 60"),
+        (lambda: toy(draw=lambda g, k: Table()).step(), "returned Table.*give its .to_numpy"),
+        (lambda: toy(groups={"a", "b"}), "must be a list of different names"),
+        (lambda: toy(costs={"a": 1, "c": 2}), r"costs has \['a', 'c'\]: must be the groups"),
+        (lambda: toy(costs={"a": 1, "b": 0}), r"costs\[1\]=0"),
+        (lambda: toy(pilot=2), r"pilot=2.*sizes \[1, 2\], must be at least 3"),
+        (lambda: toy(fractions=(0.5,)), r"fractions=\(0.5,\).*sizes \[30, 60\]"),
+        (lambda: allocate([fit_curve([1, 2, 4, 8], [4, 3, 2.5, 2])], 9), r"give its \.curve"),
         (lambda: toy(draw=lambda g, k: "x" * k).step(), "returned str"),
         (lambda: toy(draw=lambda g, k: ([0] * k, [0])).step(), "parts of"),
         (lambda: Ancestry(causal=300), "causal=300"),
