@@ -237,6 +237,17 @@ class DRM(nn.Module):
         return (w[..., None] * p).sum(0)
 
 # %% ../../nbs/adaptive/705_drm.ipynb #f200d150
+@contextlib.contextmanager
+def _still(model):  # in eval mode; afterwards each part as it was
+    modes = [(u, u.training) for u in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for u, mode in modes:
+            u.training = mode
+
+
 def _pairs(data, size=512):  # (x, y) as one pair of tensors, or an iterable of batches
     whole_pair = isinstance(data, tuple | list) and len(data) == 2
     if whole_pair and all(isinstance(v, torch.Tensor) for v in data):
@@ -303,17 +314,6 @@ def _logistic(f, y, classes, penalty, rounds=40):  # (classes, D + 1) by Newton'
 def _collect(model, data):  # features and labels of a set
     found = [(model.features(x), y) for x, y in _pairs(data)]
     return tuple(torch.cat(v) for v in zip(*found))
-
-
-@contextlib.contextmanager
-def _still(model):  # in eval mode; afterwards each part as it was
-    modes = [(u, u.training) for u in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for u, mode in modes:
-            u.training = mode
 
 
 def _all_sets(model, sets, labels=True):  # labels: are they used?
