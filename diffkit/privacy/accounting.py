@@ -409,6 +409,13 @@ def _finite(value, name):  # a tensor of doubles
     return x.double()
 
 
+def _fresh(generator):  # torch starts every process with the same seed: such noise hides nothing
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    return generator
+
+
 def _pay(budget, rho, what, relation):
     one_of(relation, "relation", RELATIONS)
     return rho if budget is None else budget.spend(rho, what, relation=relation)
@@ -422,14 +429,17 @@ def gaussian_mechanism(
     relation: str,  # under which the sensitivity holds: "replace-one" or "add/remove-one"
     budget: Budget | None = None,  # pays first; None: somebody else keeps the books
     what: str = "Gaussian",  # its name in the report
-    generator: torch.Generator | None = None,  # of the noise
+    # of the noise, on the processor; None: a new one, seeded by the system. With torch's own, which
+    # starts each process with the same seed, everybody could draw the noise again
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:  # the shape of values, double precision
     """Answers with Gaussian noise of standard deviation sensitivity / sqrt(2 rho): replace-one or
     add/remove-one."""
     x = _finite(values, "values")
     sigma = gaussian_sigma(number(sensitivity, "sensitivity", above=True), rho=rho)
     _pay(budget, number(rho, "rho", above=True), what, relation)
-    return x + sigma * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    noise = torch.randn(x.shape, generator=_fresh(generator), dtype=x.dtype)
+    return x + sigma * noise.to(x.device)
 
 
 def noisy_max(
@@ -441,7 +451,7 @@ def noisy_max(
     relation: str,  # under which the sensitivity holds: "replace-one" or "add/remove-one"
     budget: Budget | None = None,  # pays first, once a row of scores; None: somebody else does
     what: str = "noisy max",  # its name in the report
-    generator: torch.Generator | None = None,  # of the noise
+    generator: torch.Generator | None = None,  # of the noise, as in `gaussian_mechanism`
 ) -> torch.Tensor:  # (..., k) positions, the best first
     """The k largest of scores + Gumbel noise of scale D sqrt(k / (2 rho)), (14): replace-one or
     add/remove-one."""
@@ -451,5 +461,6 @@ def noisy_max(
         raise ValueError(f"scores has shape {tuple(x.shape)}: must be (..., n), n at least 1")
     k = whole(k, "k", most=x.shape[-1])
     _pay(budget, r * math.prod(x.shape[:-1]), what, relation)
-    gumbel = -torch.empty_like(x).exponential_(generator=generator).log()
+    noise = torch.empty(x.shape, dtype=x.dtype).exponential_(generator=_fresh(generator))
+    gumbel = -noise.log().to(x.device)
     return (x + d * math.sqrt(k / (2 * r)) * gumbel).topk(k).indices

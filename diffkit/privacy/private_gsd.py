@@ -23,7 +23,7 @@ import torch
 
 from ..core.checks import number, one_of, whole
 from ..core.lab import write_atomic
-from .accounting import Budget, gaussian_mechanism, noisy_max
+from .accounting import Budget, _fresh, gaussian_mechanism, noisy_max
 
 # %% auto #0
 __all__ = ['PROJECTIONS', 'CHUNK', 'METHODS', 'PrivacyWarning', 'Numeric', 'Categorical', 'Schema',
@@ -439,13 +439,6 @@ class Measured(NamedTuple):
     queries: Queries
     answers: np.ndarray  # (Q,) noisy; nan where a workload was not asked
     asked: np.ndarray  # (W,) bool
-
-
-def _fresh(generator):  # torch starts every process with the same seed: such noise hides nothing
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    return generator
 
 
 def _project(a, queries, asked, how):

@@ -426,3 +426,23 @@ def test_every_function_names_its_relation():
         f = getattr(accounting, name)
         if callable(f) and not (isinstance(f, type) and issubclass(f, Exception | tuple)):
             assert "replace-one" in f.__doc__ or "add/remove-one" in f.__doc__, name
+
+
+def test_noise_without_a_generator_is_nobody_elses():
+    # torch's own generator begins every process with one seed: whoever knows it knows the noise
+    code = (
+        "import torch\n"
+        "from diffkit.privacy.accounting import gaussian_mechanism, noisy_max\n"
+        "how = dict(relation='replace-one')\n"
+        "print(gaussian_mechanism(torch.zeros(3), 1.0, 0.5, **how).tolist(),"
+        " noisy_max(torch.zeros(1000), 1.0, 0.5, 5, **how).tolist())"
+    )
+    said = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+            for _ in range(2)}  # fmt: skip
+    assert len(said) == 2 and all(said), said
+    torch.manual_seed(0)
+    one = gaussian_mechanism(torch.zeros(3), 1.0, 0.5, relation="replace-one")
+    torch.manual_seed(0)
+    assert not torch.equal(
+        one, gaussian_mechanism(torch.zeros(3), 1.0, 0.5, relation="replace-one")
+    )
