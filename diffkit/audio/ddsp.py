@@ -380,6 +380,8 @@ def timbre_transfer(
     if (loudness == "match" or shift == "octave") and not model.seen.isfinite().all():
         raise ValueError("model has not been trained by fit_ddsp: use loudness='keep', shift=0")
     found = controls_of(audio, model.sr, model.hop)
+    if not (found.loudness > SILENT).any():
+        raise ValueError(f"audio is silent: must have frames above {SILENT:g} dB")
     f0, loud = (found.f0 if f0 is None else _control(f0, "f0", 2, above=True)), found.loudness
     (key, _), (mean, sd) = model.seen.tolist()
     if shift == "octave":

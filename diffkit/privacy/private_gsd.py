@@ -154,6 +154,8 @@ class Schema:
 
     def encode(self, df) -> np.ndarray:  # (N, d) positions of categories, numbers in [0, 1]
         "A frame as an array of doubles, or an error that names column and values."
+        if not hasattr(df, "columns") or not hasattr(df, "isna"):
+            raise TypeError(f"df is a {type(df).__name__}: must be a pandas DataFrame")
         if missing := [k for k in self.names if k not in df.columns]:
             raise ValueError(f"the table lacks {missing}, which the schema has")
         if extra := [k for k in df.columns if k not in self.columns]:

@@ -460,3 +460,11 @@ def test_bad_input(name):
     call, words = BAD[name]
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_silence_cannot_be_played():
+    model = DDSP(RnnFcDecoder(1 + 4 + 3, channels=4, layers=1), 4, 3)
+    model.seen.copy_(torch.tensor([[70.0, 2.0], [-20.0, 3.0]]))
+    for how in ({}, {"loudness": "keep"}, {"shift": "octave"}):
+        with pytest.raises(ValueError, match="audio is silent"):
+            timbre_transfer(model, torch.zeros(1, 6400), **how)

@@ -574,3 +574,10 @@ def test_a_thousand_generations_a_second():  # of this process's own time
         if best > 1000:
             break
     assert best > 1000
+
+
+def test_a_table_must_be_a_frame():
+    schema = Schema({"a": Categorical(["x", "y"])})
+    for table in (np.zeros((4, 1)), {"a": ["x"]}, [["x"]]):
+        with pytest.raises(TypeError, match="must be a pandas DataFrame"):
+            private_gsd(table, schema, eps=1.0)
