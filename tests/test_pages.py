@@ -78,6 +78,13 @@ def page(request):
     return Page(request.param)
 
 
+def test_links_to_notebooks_lead_somewhere(page):
+    """The site refuses a broken link; here it is found in a second."""
+    text = "\n".join(page.source(c) for c in page.cells)
+    for link in re.findall(r"\]\((?!https?:)([^)\s#]+\.ipynb)", text):
+        assert (page.path.parent / link).is_file(), f"a link to {link}"
+
+
 def test_what_is_long_is_folded_behind_a_sentence(page):
     for c in page.cells:
         n, first = len(page.lines(c)), page.source(c)[:80]
