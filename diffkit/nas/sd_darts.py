@@ -142,15 +142,60 @@ class SelfDistillation:
     ):
         if (target is None) != (distance is None):
             raise ValueError("target and distance belong together: give both or neither")
-        self.lam, T = _number(lam, "lam"), _number(temperature, "temperature", above=True)
+        self.lam = _number(lam, "lam")
+        self.temperature = _number(temperature, "temperature", above=True)
         self.size = None if size is None else _whole(size, "size")
         self.kept, self._now = deque(maxlen=_whole(teachers, "teachers")), None
         self.loss = loss
         self._own = target is not None
-        self.target = target or (lambda z: (z / T).softmax(-1))
-        self.distance = distance or (
-            lambda z, q: T**2 * F.kl_div((z / T).log_softmax(-1), q, reduction="none").sum(-1)
-        )
+        self.target, self.distance = target or self._softened, distance or self._divergence
+
+    def _softened(self, z):  # methods, so that the loss can be pickled
+        return (z / self.temperature).softmax(-1)
+
+    def _divergence(self, z, q):
+        T = self.temperature
+        return T**2 * F.kl_div((z / T).log_softmax(-1), q, reduction="none").sum(-1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:  # as safetensors takes it
+        "The teachers and what this epoch has kept: saved beside the network, a run resumes."
+        if self.size is not None:
+            kept = dict(enumerate(self.kept)) | ({} if self._now is None else {"now": self._now})
+            return {f"kept.{k}": v.clone() for k, v in kept.items()}
+        nets = ((i, net.state_dict()) for i, net in enumerate(self.kept))
+        return {f"kept.{i}.{k}": v.clone() for i, state in nets for k, v in state.items()}
+
+    def load_state_dict(
+        self,
+        state: dict[str, torch.Tensor],  # of state_dict
+        net: nn.Module | None = None,  # where copies are kept: a network of the same form
+    ) -> None:
+        "Go on where a run stopped."
+        parts: dict[str, dict] = {}
+        for name, value in state.items():
+            head, place, rest = (*name.split(".", 2), "", "")[:3]
+            if head != "kept" or (self.size is None) != bool(rest):
+                form = "copies of the network" if self.size is None else "kept outputs"
+                raise ValueError(f"state has {name!r}: not of a loss with {form}")
+            parts.setdefault(place, {})[rest] = value.clone()
+        now = parts.pop("now", {}).get("")
+        kept = [parts[str(i)] for i in range(len(parts))]
+        if len(kept) > self.kept.maxlen:
+            raise ValueError(f"state has {len(kept)} teachers: teachers={self.kept.maxlen}")
+        if self.size is None:
+            if kept and net is None:
+                raise ValueError("net is None: copies need a network of the same form")
+            nets = [copy.deepcopy(net).requires_grad_(False).eval() for _ in kept]
+            for teacher, weights in zip(nets, kept):
+                teacher.load_state_dict(weights)
+            kept = nets
+        else:
+            kept = [v[""] for v in kept]
+            for v in kept if now is None else [*kept, now]:
+                if len(v) != self.size:
+                    raise ValueError(f"state keeps {len(v)} outputs: size={self.size}")
+            self._said = torch.stack(kept).nanmean(0) if kept else None
+        self.kept, self._now = deque(kept, maxlen=self.kept.maxlen), now
 
     def _row(self, row):  # checked
         if self.size is None:
@@ -186,6 +231,11 @@ class SelfDistillation:
 
     def __call__(self, net: nn.Module, batch: tuple) -> torch.Tensor:
         "The loss (5) on a batch; where outputs are kept, they are."
+        if not isinstance(batch, tuple | list) or len(batch) not in (2, 3):
+            raise ValueError(
+                f"batch is a {type(batch).__name__} of {len(batch)}: must be (x, class), or"
+                " (x, class, row) where outputs are kept"
+            )
         x, y, *row = batch
         row, z = self._row(row), net(x)
         if self.lam == 0:

@@ -3,10 +3,12 @@ the measures; the search; errors."""
 
 import copy
 import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -550,3 +552,67 @@ def test_measures_leave_everything_as_it_was():
     with torch.no_grad():
         hessian_top(net, b, iterations=2, generator=rng())
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+# ---- a run that is stopped
+
+
+def epochs(tie, net, n, rate=0.05):  # whole passes over 60 samples in batches of 20
+    opt = torch.optim.SGD(net.parameters(), rate)
+    for _ in range(n):
+        for i in (0, 20, 40):
+            opt.zero_grad()
+            tie(net, batch(20, i)[: 2 if tie.size is None else 3]).backward()
+            opt.step()
+        tie.end_epoch(net)
+
+
+@pytest.mark.parametrize("size", [None, 60])
+@pytest.mark.parametrize("how", ["state", "pickle"])
+def test_a_run_resumes(size, how, tmp_path):
+    whole, a, b = SelfDistillation(1.5, 2, size=size), small(), small()
+    epochs(whole, a, 5)
+    tie = SelfDistillation(1.5, 2, size=size)
+    epochs(tie, b, 3)
+    if size:  # in the middle of an epoch
+        tie(b, batch(20, 0))
+    if how == "pickle":
+        again = pickle.loads(pickle.dumps(tie))
+    else:
+        save_file(tie.state_dict(), tmp_path / "tie.safetensors")
+        again = SelfDistillation(1.5, 2, size=size)
+        again.load_state_dict(load_file(tmp_path / "tie.safetensors"), net=small(seed=4))
+    assert again.state_dict().keys() == tie.state_dict().keys()
+    assert any("now" in k for k in again.state_dict()) == bool(size)
+    epochs(again, b, 2)
+    assert torch.equal(flat(a), flat(b))
+
+
+def test_before_the_first_epoch_there_is_nothing_to_save():
+    tie, net = SelfDistillation(size=60), small()
+    assert SelfDistillation().state_dict() == tie.state_dict() == {}
+    epochs(tie, net, 1)
+    tie.load_state_dict({})
+    assert tie.vote(None, torch.tensor([0])) is None
+
+
+def test_states_of_another_form_are_refused_by_name():
+    nets, outputs, net = SelfDistillation(), SelfDistillation(size=60), small()
+    epochs(nets, net, 2)
+    epochs(outputs, net, 2)
+    for tie, state, words in [
+        (SelfDistillation(size=60), nets.state_dict(), "kept.0.*kept outputs"),
+        (SelfDistillation(), outputs.state_dict(), "kept.0.*copies of the network"),
+        (SelfDistillation(), nets.state_dict(), "net is None"),
+        (SelfDistillation(size=50), outputs.state_dict(), "60 outputs: size=50"),
+        (SelfDistillation(teachers=1, size=60), outputs.state_dict(), "2 teachers: teachers=1"),
+        (SelfDistillation(), {"lam": torch.ones(())}, "'lam'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            tie.load_state_dict(state)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3, 40), (torch.zeros(3, 40),), {"x": 1}])
+def test_a_batch_of_another_form_is_refused_by_name(wrong):
+    with pytest.raises(ValueError, match=r"batch is a .* must be \(x, class\)"):
+        SelfDistillation()(small(), wrong)
