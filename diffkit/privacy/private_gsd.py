@@ -199,7 +199,7 @@ def adult():  # -> pandas.DataFrame, Schema
         names = [k for k in f if k != "rows" and not k.endswith(" values")]
         codes = {k: f[k] for k in names}
         values = {k: f[f"{k} values"].tolist() for k in names if f"{k} values" in f}
-    bounds = {"age": (17, 90), "hours-per-week": (1, 99)}
+    bounds = {"age": (17, 90), "hours-per-week": (1, 99)}  # of the public file
     column = lambda k: Categorical(values[k]) if k in values else Numeric(*bounds[k], True)
     table = {k: np.array(values[k], object)[v] if k in values else v.astype(int)
              for k, v in codes.items()}  # fmt: skip
@@ -366,7 +366,7 @@ class _Conditional(Queries):  # the cell of one category, where a condition on n
 
 
 class Prefixes(_Conditional):
-    "Random prefixes, (4): the cells of a category among rows with x_a < tau_a and x_b < tau_b."
+    "Random prefixes, (4): the cells of a category among rows with x_i < tau_i and x_j < tau_j."
 
     def __init__(
         self,
