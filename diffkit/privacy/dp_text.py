@@ -388,7 +388,7 @@ def exposure(
     loss: Callable = text_loss,
     chunk: int = 128,  # rows at once
 ) -> torch.Tensor:  # (K,) bits, 0 to log2(R + 1)
-    "log2 (R + 1) - log2 rank of a canary's loss among the others', (5)."
+    "log2 (R + 1) - log2 rank of a canary's loss among the others', (2)."
     device = next(model.parameters()).device
     score = lambda t: torch.cat([loss(model, p.to(device)).cpu() for p in t.split(chunk)])
     a, b = score(planted), score(others)
@@ -456,7 +456,7 @@ def clipped_sum(
     grads: dict[str, torch.Tensor],  # name -> (B, ...)
     clip: float,  # C
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # name -> sum, norms before clipping (B,)
-    "Sum over records of gradients whose joint L2 norm is cut to C, the sum in (2)."
+    "Sum over records of gradients whose joint L2 norm is cut to C, the sum in (3)."
     norm = sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
     weight = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
     return {k: torch.tensordot(weight.to(g), g, 1) for k, g in grads.items()}, norm
@@ -524,7 +524,7 @@ def dp_finetune(
     generator: torch.Generator | None = None,  # of samples and noise; None: the system's
     callback: Callable | None = None,  # (step, model) after each step
 ) -> DPRun:
-    "DP-SGD (2) on Poisson samples: (eps, delta)-private for one record, add/remove-one."
+    "DP-SGD (3) on Poisson samples: (eps, delta)-private for one record, add/remove-one."
     records = [records] if isinstance(records, torch.Tensor) else list(records)
     n = len(records[0]) if records else 0
     if not n or any(len(r) != n for r in records):
@@ -575,7 +575,7 @@ def dp_finetune(
 
 # %% ../../nbs/privacy/802_dp_text.ipynb #3775b12c
 class LoRA(nn.Module):
-    "A frozen Linear plus a thin detour, (3): W x + (alpha / r) B A x, with B = 0 at the start."
+    "A frozen Linear plus a thin detour, (6): W x + (alpha / r) B A x, with B = 0 at the start."
 
     def __init__(
         self,
