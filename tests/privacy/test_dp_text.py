@@ -102,6 +102,12 @@ def test_the_end_of_a_long_text_is_the_end_of_all_its_words(parts):
         assert last == words(text)[-n:] and cut == (len(words(text)) > n)
 
 
+def test_half_a_word_is_no_word():
+    long = [f"{c}{'x' * 19}{c}" for c in "abcdefgh"]  # 21 letters: the look at the end cuts one
+    for n in (1, 2, 4):
+        assert dp_text._last(" ".join(long), n) == (long[-n:], True)
+
+
 def test_records_are_prefix_words_end():
     known = Vocabulary.of(["b a a . c", "a b"], 9)
     assert known.names == [*SPECIAL, "a", "b", "."]  # equally frequent: by the alphabet
@@ -249,6 +255,9 @@ def test_lora_starts_as_nothing_and_ends_as_a_matrix():
     model, rows = small(), some()[:, :-1]
     plain = copy.deepcopy(model)
     n = trainable(model, "lora", rank=3, generator=G())
+    for m in model.modules():
+        if isinstance(m, LoRA):
+            m.scale = 2.5  # as with alpha = 7.5
     assert torch.equal(model(rows), plain(rows))
     assert n == 2 * 3 * (8 + 24 + 8 + 8 + 8 + 32 + 32 + 8)
     for p in model.parameters():
