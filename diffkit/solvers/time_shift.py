@@ -6,6 +6,7 @@ variance, and tell it to the network."""
 # %% ../../nbs/solvers/206_time_shift.ipynb #0b851ef8
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -81,6 +82,11 @@ def epsilon_scale(
     return EpsilonScale(denoiser, k)
 
 # %% ../../nbs/solvers/206_time_shift.ipynb #263fde58
+def _check_steps(n_train):
+    if n_train is not None and (not isinstance(n_train, int) or n_train < 1):
+        raise ValueError(f"n_train must be a whole number from 1 on, or None, got {n_train!r}")
+
+
 def coupled_time(
     x: torch.Tensor,  # (B, ...) states that a solver believes to be at time t
     t: torch.Tensor | float,  # that time, a number or (B,)
@@ -91,12 +97,16 @@ def coupled_time(
     x0: torch.Tensor | None = None,  # (B, ...) predicted clean data: its variance replaces data_var
     # "sample": a time for each; "batch": one for all, from the mean variance (shape ())
     reduce: str = "sample",
+    # search the training steps of a network that has so many, as the published code does (1000);
+    # None: all times of the window
+    n_train: int | None = None,
 ) -> torch.Tensor:  # (B,) or () times in float64
     """The time in a window at which noisy data have the variance that the states have. Source:
     arXiv 2305.15583, algorithm 2, and eq. (2) here for data_var > 0."""
     check_time(t)
     if not window >= 0:
         raise ValueError(f"window must not be negative, got {window!r}")
+    _check_steps(n_train)
     if reduce not in ("sample", "batch"):
         raise ValueError(f"reduce must be sample or batch, got {reduce!r}")
     v = _pixel_var(x)
@@ -104,6 +114,14 @@ def coupled_time(
     if reduce == "batch":
         v, v0 = v.mean(0, keepdim=True), v0.mean().reshape(1)
     t = torch.as_tensor(t, dtype=v.dtype, device=v.device).reshape(-1)
+    if n_train is not None:
+        # the published window: whole steps on each side of that of t, cut off at the table's ends
+        half = math.floor(window / 2 * n_train + 1e-9)
+        k = (n_train * t).round() + torch.arange(-half, half + 1).to(t)[:, None]
+        tau = k.clamp(1, n_train) / n_train
+        gap = process.sigma(tau).square() + process.alpha(tau).square() * v0 - v
+        out = tau.expand_as(gap).gather(0, gap.abs().argmin(0, keepdim=True))
+        return out[0, 0] if reduce == "batch" else out[0]
     lo = (t - window / 2).clamp(min=min(process.t_min, t.min().item()))
     hi = (t + window / 2).clamp(max=max(process.t_max, t.max().item()))
     # (257, 1 or B)
@@ -140,8 +158,12 @@ class TimeShift(AroundSolver):
         data_var: float | str | None = None,
         # "sample": a time for each; "batch": one for all; None: "sample" from 16 dimensions on
         reduce: str | None = None,
+        # search only the training steps of a network that has so many, as the published code does
+        # (1000); None: all times of the window
+        n_train: int | None = None,
     ):
         super().__init__(DDIM() if solver is None else solver)
+        _check_steps(n_train)
         if not window >= 0:
             raise ValueError(f"window must not be negative, got {window!r}")
         if cutoff is not None and not 0 <= cutoff <= 1:
@@ -161,7 +183,7 @@ class TimeShift(AroundSolver):
                 " number, got 'predicted'"
             )
         self.window, self.cutoff = window, cutoff
-        self.mode, self.data_var, self.reduce = mode, data_var, reduce
+        self.mode, self.data_var, self.reduce, self.n_train = mode, data_var, reduce, n_train
 
     @property
     def shifts(self) -> torch.Tensor:  # (steps, B)
@@ -189,7 +211,7 @@ class TimeShift(AroundSolver):
     def step(self, denoise, x, t, s):
         self.i += 1
         tau, target, seen = self.tau, s, []
-        if tau is None and self.mode == "official":
+        if self.i > 1 and self.mode == "official":  # that code never moves the first target
             target = s if (shifted := self._couple(x, s)) is None else shifted
 
         def ask(y, u):
@@ -223,10 +245,10 @@ class TimeShift(AroundSolver):
                 stacklevel=5,
             )
         var = {"x0": seen[0].x0} if self.v0 == "predicted" else {"data_var": self.v0}
-        reduce = self.reduce or ("batch" if few else "sample")
-        tau = coupled_time(x, s, self.process, self.window, **var, reduce=reduce)
+        how = dict(reduce=self.reduce or ("batch" if few else "sample"), n_train=self.n_train)
+        tau = coupled_time(x, s, self.process, self.window, **var, **how)
         # never back: no step from a time below its target, no two predictions of one time
-        if self.mode != "network":
+        if self.mode == "paper":
             up, down = self.times[self.i - 1] - s, s - self.times[self.i + 1]
             if self.reuses:
                 up = down = 0.4 * min(up, down)

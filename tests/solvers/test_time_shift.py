@@ -201,3 +201,59 @@ def test_epsilon_scale_is_the_division_of_the_noise():
 def test_bad_input(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+def test_official_is_the_published_loop_with_whole_training_steps():
+    """Written after the published sampler: the first step is not shifted, later ones go to the
+    step of the table, within half a window of the target, whose variance is nearest to the state's;
+    steps up to the cutoff stay. Both ends of the table are met."""
+    T, w, cut = 1000, 40, 300
+    var = 1 - torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
+    for times in ([999, 990, 975, 700, 500, 320, 301, 300, 120, 10, 0], list(range(999, -1, -111))):
+        d = MixtureDenoiser(MIX, Discrete())
+        x = X * torch.linspace(0.6, 1.4, len(X), dtype=torch.float64)[:, None]
+        y, moved = x, []
+        for n, (i, j) in enumerate(zip(times, times[1:])):
+            target = torch.full((len(y),), j)
+            if n > 0 and j > cut:
+                near = torch.arange(max(j - w // 2, 0), min(j + w // 2, T - 1) + 1)
+                target = near[(var[near] - y.var(1, keepdim=True)).abs().argmin(1)]
+            a, b = (1 - var[i]), (1 - var[target])[:, None]
+            x0 = d(y, (i + 1) / T).x0
+            eps = (y - a.sqrt() * x0) / (1 - a).sqrt()
+            y = b.sqrt() * x0 + (1 - b).sqrt() * eps
+            moved.append((target - j).double() / T)
+        kw = dict(window=w / T, cutoff=(cut + 1) / T, mode="official", n_train=T)
+        s = TimeShift(**kw)
+        grid = (torch.tensor(times, dtype=torch.float64) + 1) / T
+        got = sample(d, s, x, grid, progress=False)
+        torch.testing.assert_close(s.shifts, torch.stack(moved), rtol=0, atol=1e-12)
+        torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-10)
+        assert (s.shifts[0] == 0).all() and (s.shifts != 0).any()
+
+
+def test_times_of_a_history_keep_their_distance():
+    "A multistep solver's nodes move by at most 0.4 of the nearest gap of the grid, each way."
+    grid = torch.tensor([1.0, 0.9, 0.6, 0.5, 0.45, 0.1, 0.001], dtype=torch.float64)
+    low, high = torch.full((2, 20), 1e-6).double(), 9 * torch.randn(2, 20).double()
+    for inner, share in ((PLMS(2), 0.4), (DDIM(), None)):
+        s = TimeShift(inner, window=2.0, cutoff=0.0)
+        s.start(VP(), grid)
+        s.times = grid.tolist()
+        for i in range(1, 5):
+            s.i = i
+            up, down = s.times[i - 1] - s.times[i], s.times[i] - s.times[i + 1]
+            up, down = (up, down) if share is None else (share * min(up, down),) * 2
+            for x, edge in ((low, -down), (high, up)):
+                got = s._couple(x, s.times[i]) - s.times[i]
+                torch.testing.assert_close(got, torch.full((2,), edge).double())
+
+
+@pytest.mark.parametrize("n_train", [0, -1, 2.5, "all"])
+def test_the_search_over_steps_wants_a_number_of_steps(n_train):
+    for make in (
+        lambda: TimeShift(n_train=n_train),
+        lambda: coupled_time(X, 0.5, VP(), n_train=n_train),
+    ):
+        with pytest.raises(ValueError, match="n_train must be a whole number from 1 on"):
+            make()
