@@ -6,6 +6,8 @@ strong guidance."""
 # %% ../../nbs/solvers/205_momentum.ipynb #7c46af97
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 
 from ..core.denoiser import Prediction
@@ -24,9 +26,14 @@ def ghvb_coefficients(
     """Weights of generalised heavy ball on equal steps, from its order conditions. Source:
     arXiv 2307.11118, GHVB and its appendix."""
     _check(order, beta)
-    k = torch.arange(order, dtype=torch.float64)
-    moments = (1 - (1 - beta) * (-1.0) ** k) / (k + 1)
-    return torch.linalg.solve((-k[None]) ** k[:, None], moments).tolist()
+    b, out = Fraction(float(beta)), []  # exact: from order 5 on the conditions are near to singular
+    for j in range(order):
+        p = [Fraction(1)]  # Lagrange's polynomial of the node -j, lowest power first
+        for k in range(order):
+            if k != j:
+                p = [(k * u + v) / (k - j) for u, v in zip([*p, 0], [0, *p])]
+        out.append(float(sum(u * (1 - (1 - b) * (-1) ** i) / (i + 1) for i, u in enumerate(p))))
+    return out
 
 
 def _check(order, beta):
@@ -114,8 +121,14 @@ class HeavyBall(MultistepSolver):
         solver: MultistepSolver | None = None,  # any deterministic table; default: PLMS of order 4
         beta: float = 0.8,  # damping in (0, 1]; 1 is the solver itself
         nesterov: bool = False,  # look one velocity ahead
+        # steps of lower order, at the start and a lowered last one: "average": they read and move
+        # the velocity, as every step (the paper's recursion); "skip": they do neither, and the
+        # first step of full order sets it (the release's rule around DPM-Solver++(2M))
+        lower: str = "average",
     ):
         _check(1, beta)
+        if lower not in ("average", "skip"):
+            raise ValueError(f"lower must be average or skip, got {lower!r}")
         solver = PLMS(4) if solver is None else solver
         own = ("advance", "update", "correct")  # what a mere table leaves as it is
         table = isinstance(solver, MultistepSolver) and all(
@@ -126,7 +139,7 @@ class HeavyBall(MultistepSolver):
                 "solver must be a multistep solver that is nothing but a table, like PLMS() or"
                 f" DPMSolverPP(), got {solver!r}"
             )
-        self.solver, self.beta, self.nesterov = solver, beta, nesterov
+        self.solver, self.beta, self.nesterov, self.lower = solver, beta, nesterov, lower
         self.order, self.kind = solver.order, solver.kind
 
     @property
@@ -152,14 +165,18 @@ class HeavyBall(MultistepSolver):
         return self.solver.row(nodes, target, i, n)
 
     def update(self, x, history, s, i, n):
-        if self.v is None:  # v_-1 = the first prediction: the first step is the solver's own
+        if self.lower == "skip" and self.order_at(i, n) < self.order:
+            return super().update(x, history, s, i, n)
+        if self.v is None and self.lower == "average":
+            # v_-1 = the first prediction: the first step is the solver's own
             self.v = history[-1].get(self.kind)
             return super().update(x, history, s, i, n)
         a, b, _ = self.coefficients(history, s, i, n)
         w = sum(b)
         g = sum(expand(wk / w, x) * p.get(self.kind) for wk, p in zip(b, reversed(history)))
-        self.v = torch.lerp(self.v, g.to(x.dtype), self.beta)
-        move = torch.lerp(self.v, g.to(x.dtype), self.beta) if self.nesterov else self.v
+        g = g.to(x.dtype)
+        self.v = g if self.v is None else torch.lerp(self.v, g, self.beta)
+        move = torch.lerp(self.v, g, self.beta) if self.nesterov else self.v
         kind = self.kind_at(len(b))
         if kind != self.kind:  # a row in another form
             p = Prediction.of(x, history[-1].t, self.process, **{self.kind: move})

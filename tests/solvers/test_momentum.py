@@ -1,5 +1,7 @@
 """Momentum: saved configurations, what the notebook's tests leave out, and wrong input."""
 
+from fractions import Fraction
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from diffkit.core.sampling import rms, sample
 from diffkit.solvers.basics import stability_interval
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from diffkit.solvers.momentum import GHVB, HeavyBall, ghvb_coefficients, recursion
-from diffkit.solvers.pndm import PLMS
+from diffkit.solvers.pndm import PLMS, ab_coefficients
 
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 BED = MixtureDenoiser(four_gaussians(), VP())
@@ -88,3 +90,72 @@ def test_more_damping_never_shrinks_the_interval():
 def test_bad_input(make, error, says):
     with pytest.raises(error, match=says):
         make()
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.8, 0.5, 0.1])
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("steps", [2, 3, 6, 12])
+def test_skip_is_the_releases_rule_around_2m(beta, final, steps):
+    """The release's loop: steps of first order are DPM-Solver++'s own and leave the velocity alone;
+    the first of second order sets it undamped, the others average."""
+    p = VP()
+    grid = time_grid(p, steps, end=1e-3)
+    lam = p.log_snr(grid)
+    alpha, sigma = p.alpha(grid), p.sigma(grid)
+    x, v, old = X, None, None
+    for i in range(steps):
+        m = BED(x, grid[i]).x0
+        h = lam[i + 1] - lam[i]
+        lowered = final and i == steps - 1
+        d = m
+        if i > 0 and not lowered:
+            g = m + 0.5 * h / (lam[i] - lam[i - 1]) * (m - old)
+            v = g if v is None else (1 - beta) * v + beta * g
+            d = v
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * d
+        old = m
+    got = sample(
+        BED,
+        HeavyBall(DPMSolverPP(2, lower_order_final=final), beta, lower="skip"),
+        X,
+        grid,
+        progress=False,
+    )
+    torch.testing.assert_close(got, x, rtol=1e-10, atol=1e-10)
+
+
+def test_average_moves_the_velocity_in_every_step():
+    "The recursion by hand, a lowered last step included; it differs from the release's rule."
+    p, beta = VP(), 0.6
+    grid = time_grid(p, 6, end=1e-3)
+    lam, alpha, sigma = p.log_snr(grid), p.alpha(grid), p.sigma(grid)
+    x, v, old = X, None, None
+    for i in range(6):
+        m = BED(x, grid[i]).x0
+        h = lam[i + 1] - lam[i]
+        lowered = i in (0, 5)
+        g = m if lowered else m + 0.5 * h / (lam[i] - lam[i - 1]) * (m - old)
+        v = g if v is None else (1 - beta) * v + beta * g
+        x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * torch.expm1(-h) * v
+        old = m
+    run = lambda how: sample(
+        BED,
+        HeavyBall(DPMSolverPP(2, lower_order_final=True), beta, lower=how),
+        X,
+        grid,
+        progress=False,
+    )
+    torch.testing.assert_close(run("average"), x, rtol=1e-10, atol=1e-10)
+    assert (run("average") - run("skip")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("beta", [1.0, 0.7, 0.1])
+def test_weights_of_every_order_meet_their_conditions_exactly(beta):
+    for order in range(1, 9):
+        w = [Fraction(v) for v in ghvb_coefficients(order, beta)]
+        for k in range(order):
+            moment = (1 - (1 - Fraction(beta)) * (-1) ** k) / (k + 1)
+            got = sum(v * (-j) ** k for j, v in enumerate(w))
+            size = sum(abs(v) * j**k for j, v in enumerate(w)) + 1
+            assert abs(got - moment) <= size * Fraction(2) ** -52, (order, k)  # rounding of w only
+    assert ghvb_coefficients(8, 1.0) == ab_coefficients(8)
