@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 
 from ..core.denoiser import Denoiser, Prediction, Wrapped
-from ..core.process import Process, expand
+from ..core.process import Process, expand, time_grid
 from ..core.sampling import MultistepSolver, Node, Row, Solver
 
 # %% auto #0
-__all__ = ['DPMSolverPP', 'single_step', 'DPMSingle', 'Threshold', 'threshold', 'sample_adaptive']
+__all__ = ['DPMSolverPP', 'single_step', 'DPMSingle', 'singlestep_plan', 'Threshold', 'threshold',
+           'sample_adaptive']
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #e42c1a86
 def _weights(h, q):  # J_0, J_1, J_2: 1, u, u^2/2 integrated against the kernel of rate q
@@ -125,16 +126,35 @@ def _part(node, process, r, h):  # the node a fraction r into the step
     return Node.at(process, process.time(node.lam + r * h))
 
 
-def _move(x, node, target, q, m0, slope=None, midpoint=False):  # a x + P (J0 m0 + J1 D1)
+def _move(x, node, target, q, m0, slope=None, midpoint=False, bend=None):
+    # a x + P (J0 m0 + J1 D1 + J2 D2)
     h = target.lam - node.lam
-    j0, j1, _ = _weights(h, q)
+    j0, j1, j2 = _weights(h, q)
     a, P = target.sigma / node.sigma, target.alpha
     if q == -1:
         a, P = target.alpha / node.alpha, target.sigma
     out = expand(a, x) * x + expand(P * j0, x) * m0
     if slope is not None:
         out = out + expand(P * (j0 / 2 if midpoint else j1), x) * slope
+    if bend is not None:
+        out = out + expand(P * j2, x) * bend
     return out.to(x.dtype)
+
+
+def _inner_points(order, r1, r2, rule):
+    if rule not in ("midpoint", "taylor"):
+        raise ValueError(f"rule must be midpoint or taylor, got {rule!r}")
+    for r, name, least in ((r1, "r1", 2), (r2, "r2", 3)):
+        if r is not None and (order < least or not 0 < r < 1):
+            of = "orders 2 and 3" if least == 2 else "order 3"
+            raise ValueError(
+                f"{name} belongs to {of} and must lie in (0, 1), got {name}={r}, order={order}"
+            )
+    r1 = (1 / 3 if order == 3 else 1 / 2) if r1 is None else r1
+    r2 = 2 / 3 if r2 is None else r2
+    if order == 3 and r1 == r2:
+        raise ValueError(f"r1 and r2 must differ, got {r1} twice")
+    return r1, r2
 
 
 def _inner(denoise):  # the model at a node's time, as a float where all samples share it
@@ -149,12 +169,16 @@ def single_step(
     process: Process,  # the denoiser's
     order: int = 2,  # evaluations: 1 (DDIM), 2 or 3
     form: str = "x0",  # "x0": DPM-Solver++; "eps": DPM-Solver
-    r: float | None = None,  # inner point of order 2; default 1/2
+    r1: float | None = None,  # first inner point, in (0, 1); default 1/2, of order 3 1/3
     first: Prediction | None = None,  # the prediction at (x, t), if it is known
     lower: bool = False,  # return also the embedded step of one order less
+    *,
+    r2: float | None = None,  # second inner point of order 3, not r1; default 2/3
+    rule: str = "midpoint",  # the paper's, or "taylor": all inner points, by their polynomial
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:  # the state at s; with `lower` both
     """One singlestep update of order 2 or 3. Source: arXiv 2206.00927, algorithms 1 and 2, in
     data form arXiv 2211.01095, algorithm 1."""
+    r1, r2 = _inner_points(order, r1, r2, rule)
     q, node, end = (1 if form == "x0" else -1), Node.at(process, t), Node.at(process, s)
     call = _inner(denoise)
     m0 = (denoise(x, t) if first is None else first).get(form)
@@ -163,18 +187,21 @@ def single_step(
     if order == 1 or (end.sigma == 0).any() or (node.alpha == 0).any():
         return (low, low) if lower else low
     h = end.lam - node.lam
-    r1 = r or (1 / 2 if order == 2 else 1 / 3)
     n1 = _part(node, process, r1, h)
     # slope, in units of the whole step
     d1 = (call(_move(x, node, n1, q, m0), n1).get(form) - m0) / r1
     if order == 2:
-        out = _move(x, node, end, q, m0, d1, midpoint=True)
+        out = _move(x, node, end, q, m0, d1, midpoint=rule == "midpoint")
         return (out, low) if lower else out
-    r2 = 2 / 3
     n2 = _part(node, process, r2, h)
     d2 = (call(_move(x, node, n2, q, m0, r2 * d1), n2).get(form) - m0) / r2
-    out = _move(x, node, end, q, m0, d2)
-    return (out, _move(x, node, end, q, m0, d1, midpoint=True)) if lower else out
+    if rule == "midpoint":
+        out = _move(x, node, end, q, m0, d2)
+    else:  # slope and curvature of the parabola through the three
+        slope, bend = (r2 * d1 - r1 * d2) / (r2 - r1), 2 * (d2 - d1) / (r2 - r1)
+        out = _move(x, node, end, q, m0, slope, bend=bend)
+    embedded = _move(x, node, end, q, m0, d1, midpoint=rule == "midpoint") if lower else None
+    return (out, embedded) if lower else out
 
 
 class DPMSingle(Solver):
@@ -184,21 +211,39 @@ class DPMSingle(Solver):
 
     def __init__(
         self,
-        order: int = 2,  # evaluations a step
+        # evaluations a step: 2 or 3, or a list with an order 1 to 3 for each step, as
+        # `singlestep_plan` makes it
+        order: int | list[int] = 2,
         form: str = "x0",  # "x0" or "eps"
-        r: float | None = None,  # position of the inner point of order 2, in (0, 1); default 1/2
+        r1: float | None = None,  # first inner point, in (0, 1); default 1/2, of order 3 1/3
+        r2: float | None = None,  # second inner point of order 3; default 2/3
+        rule: str = "midpoint",  # the paper's, or "taylor": all inner points, by their polynomial
     ):
-        if order not in (2, 3):
-            raise ValueError(f"order must be 2 or 3, got {order!r}")
+        mixed = isinstance(order, list | tuple)
+        for k in order if mixed else ():
+            if k not in (1, 2, 3):
+                raise ValueError(f"order must list orders from 1 to 3, got {k!r} in it")
+        if not mixed and order not in (2, 3) or mixed and not order:
+            raise ValueError(f"order must be 2 or 3, or a list with one a step, got {order!r}")
         if form not in ("x0", "eps"):
             raise ValueError(f"form must be x0 or eps, got {form!r}")
-        if r is not None and (order != 2 or not 0 < r < 1):
-            raise ValueError(
-                f"r belongs to order 2 and must lie in (0, 1), got r={r}, order={order}"
-            )
-        self.order, self.form, self.r, self.evals_per_step = order, form, r, order
+        _inner_points(max(order) if mixed else order, r1, r2, rule)
+        if mixed and (r1, r2) != (None, None):
+            raise ValueError(f"r1 and r2 belong to a single order, got order={order}")
+        self.order, self.form, self.rule = list(order) if mixed else order, form, rule
+        self.r1, self.r2 = r1, r2
+        self.evals_per_step = max(order) if mixed else order
+
+    def evals(self, n_steps):
+        if not isinstance(self.order, list):
+            return super().evals(n_steps)
+        if n_steps != len(self.order):
+            raise ValueError(f"order lists {len(self.order)} steps, the grid has {n_steps}")
+        return sum(self.order)
 
     def start(self, process, grid, generator=None):
+        self.evals(len(grid) - 1)  # a list of orders has one for each step
+        self.i = 0
         if self.form == "eps" and float(process.sigma(float(grid[-1]))) == 0:
             raise ValueError(
                 f"form='eps' cannot end at t={float(grid[-1]):.4g}, where log_snr is infinite: use"
@@ -207,7 +252,34 @@ class DPMSingle(Solver):
         super().start(process, grid, generator)
 
     def step(self, denoise, x, t, s):
-        return single_step(denoise, x, t, s, self.process, self.order, self.form, self.r)
+        order = self.order[self.i] if isinstance(self.order, list) else self.order
+        self.i += 1
+        points = dict(r1=self.r1, r2=self.r2, rule=self.rule)
+        return single_step(denoise, x, t, s, self.process, order, self.form, **points)
+
+# %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #6acb6c9d
+def singlestep_plan(
+    process: Process,  # whose times
+    nfe: int,  # evaluations to spend
+    order: int = 3,  # the highest, 2 or 3
+    spacing: str = "uniform",  # see time_grid; "log_snr" for the grid of DPM-Solver-fast
+    **kw,  # of time_grid: start, end
+) -> tuple[torch.Tensor, list[int]]:  # grid, and the order of each step for DPMSingle
+    """A grid and mixed orders that spend exactly so many evaluations. Source: arXiv 2206.00927,
+    DPM-Solver-fast (appendix); arXiv 2211.01095, DPM-Solver++(2S)."""
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order!r}")
+    if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
+        raise ValueError(f"nfe must be a whole number from 1 on, got {nfe!r}")
+    if order == 2:
+        orders = [2] * (nfe // 2) + [1] * (nfe % 2)
+    else:
+        orders = [3] * (nfe // 3 + 1 - (2 if nfe % 3 == 0 else 1))
+        orders += {0: [2, 1], 1: [1], 2: [2]}[nfe % 3]
+    if spacing == "log_snr":  # even steps in log_snr, whatever their order
+        return time_grid(process, len(orders), spacing, **kw), orders
+    grid = time_grid(process, nfe, spacing, **kw)  # a step of order k covers k of its steps
+    return grid[torch.tensor([0, *orders]).cumsum(0)], orders
 
 # %% ../../nbs/solvers/203_dpm_solver_pp.ipynb #54abe2b8
 class Threshold(Wrapped):
@@ -224,8 +296,9 @@ class Threshold(Wrapped):
 
     def forward(self, x, t, **cond):
         p = self.inner(x, t, **cond)
-        q = p.x0.abs().flatten(1).float().quantile(self.ratio, 1).clamp(min=self.max_val)
-        q = expand(q, x).to(x.dtype)
+        size = p.x0.abs().flatten(1)
+        size = size.to(torch.promote_types(size.dtype, torch.float32))  # none in half precision
+        q = expand(size.quantile(self.ratio, 1).clamp(min=self.max_val), x).to(x.dtype)
         x0 = p.x0.clamp(-q, q) * (self.max_val / q)
         return Prediction.of(x, t, self.process, x0=x0, extra=p.extra)
 

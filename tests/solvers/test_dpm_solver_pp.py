@@ -10,9 +10,16 @@ from hypothesis import strategies as st
 
 from diffkit.core.data import four_gaussians, ring
 from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
-from diffkit.core.process import EDM, VP, Discrete, Flow, time_grid
+from diffkit.core.process import EDM, VP, Cosine, Discrete, Flow, time_grid
 from diffkit.core.sampling import DDIM, sample
-from diffkit.solvers.dpm_solver_pp import DPMSingle, DPMSolverPP, sample_adaptive, threshold
+from diffkit.solvers.dpm_solver_pp import (
+    DPMSingle,
+    DPMSolverPP,
+    sample_adaptive,
+    single_step,
+    singlestep_plan,
+    threshold,
+)
 from resampled import resampled
 
 P = Discrete()
@@ -194,3 +201,117 @@ def test_half_precision_stays_finite():
         .max()
         < 0.2
     )
+
+
+def by_the_paper(d, x, t, s, order, form, r1, r2, rule):
+    """One singlestep update with the published phi functions: algorithms 1 and 2 of arXiv
+    2206.00927, their data form, and the rule that takes all inner points."""
+    p, sign = d.process, 1 if form == "eps" else -1
+    t, s = torch.tensor([t, s], dtype=torch.float64)
+    lam, h = p.log_snr(t), p.log_snr(s) - p.log_snr(t)
+    part = p.alpha if form == "eps" else p.sigma  # what the state keeps
+    size = p.sigma if form == "eps" else p.alpha
+    model = lambda y, u: getattr(d(y, u), form)
+    phi1 = lambda r: torch.expm1(sign * r * h)
+    phi2 = lambda r: phi1(r) / (r * h) - sign
+
+    def moved(u, r, slope=0.0):
+        out = part(u) / part(t) * x - size(u) * phi1(r) * m0
+        return out - sign * size(u) * phi2(r) * slope
+
+    s1, s2 = (p.time(lam + r * h) for r in (r1, r2))
+    m0 = model(x, t)
+    d0 = (model(moved(s1, r1), s1) - m0) / r1
+    if order == 2:
+        half = size(s) * phi1(1) / 2
+        return moved(s, 1) - half * d0 if rule == "midpoint" else moved(s, 1, sign * sign * d0)
+    d1 = (model(moved(s2, r2, r2 * d0), s2) - m0) / r2
+    if rule == "midpoint":
+        return moved(s, 1, d1)
+    slope, bend = (r2 * d0 - r1 * d1) / (r2 - r1), 2 * (d1 - d0) / (r2 - r1)
+    return moved(s, 1, slope) - size(s) * (phi2(1) / h - 0.5) * bend
+
+
+@pytest.mark.parametrize("form", ["x0", "eps"])
+@pytest.mark.parametrize("rule", ["midpoint", "taylor"])
+@pytest.mark.parametrize("order, r1, r2", [(2, 0.5, 0.5), (2, 0.3, 0.5), (3, 1 / 3, 2 / 3),
+                                           (3, 0.2, 0.9), (3, 0.7, 0.4)])  # fmt: skip
+@pytest.mark.parametrize("process", [VP(), Cosine()], ids=repr)
+def test_single_steps_are_the_papers(form, rule, order, r1, r2, process):
+    d = MixtureDenoiser(four_gaussians(), process)
+    x = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    points = dict(r1=r1) | (dict(r2=r2) if order == 3 else {})
+    for t, s in ((0.9, 0.6), (0.3, 0.05)):
+        got = single_step(d, x, t, s, process, order, form, rule=rule, **points)
+        want = by_the_paper(d, x, t, s, order, form, r1, r2, rule)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+        grid = torch.tensor([t, s], dtype=torch.float64)
+        solver = DPMSingle(order, form, rule=rule, **points)
+        torch.testing.assert_close(sample(d, solver, x, grid, progress=False), want)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("spacing", ["uniform", "log_snr"])
+def test_mixed_orders_spend_what_is_given(order, spacing):
+    d = MixtureDenoiser(four_gaussians(), VP())
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for nfe in range(1, 12):
+        grid, orders = singlestep_plan(VP(), nfe, order, spacing, end=1e-3)
+        assert sum(orders) == nfe == DPMSingle(orders).evals(len(orders))
+        assert len(grid) == len(orders) + 1 and grid[0] == 1 and abs(grid[-1] - 1e-3) < 1e-12
+        full = time_grid(VP(), nfe, end=1e-3)
+        y = x
+        with count_evals(d) as e:
+            got = sample(d, DPMSingle(orders), x, grid, progress=False)
+        assert e.calls == nfe
+        at = 0
+        for k, t, s in zip(orders, grid[:-1].tolist(), grid[1:].tolist()):
+            y = single_step(d, y, t, s, VP(), k)
+            at += k
+            if spacing == "uniform":
+                assert s == full[at]
+        torch.testing.assert_close(got, y)
+    # the published lists
+    lists = {7: [3, 3, 1], 8: [3, 3, 2], 9: [3, 3, 2, 1]}
+    for nfe, want in lists.items():
+        assert singlestep_plan(VP(), nfe)[1] == want
+    assert singlestep_plan(VP(), 7, 2)[1] == [2, 2, 2, 1]
+
+
+def test_threshold_keeps_double_precision():
+    "The bound is the quantile of the values as they are, not of values rounded to float32."
+    x0 = torch.randn(3, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
+
+    class Says(Denoiser):
+        process = VP()
+
+        def forward(self, x, t):
+            return Prediction.of(x, t, self.process, x0=x0.to(x.dtype))
+
+    got = threshold(Says(), 0.9)(x0, 0.5).x0
+    bound = x0.abs().quantile(0.9, 1, keepdim=True)
+    torch.testing.assert_close(got, x0.clamp(-bound, bound) / bound, rtol=1e-15, atol=1e-15)
+    assert threshold(Says(), 0.9)(x0.bfloat16(), 0.5).x0.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda: DPMSingle(2, r2=0.5), "r2 belongs to order 3"),
+        (lambda: DPMSingle(3, r1=1.0), "r1=1.0, order=3"),
+        (lambda: DPMSingle(3, r1=0.4, r2=0.4), "must differ, got 0.4 twice"),
+        (lambda: DPMSingle(3, r1=2 / 3), "must differ"),
+        (lambda: DPMSingle(3, rule="heun"), "got 'heun'"),
+        (lambda: DPMSingle([3, 4]), "got 4 in it"),
+        (lambda: DPMSingle([]), r"got \[\]"),
+        (lambda: DPMSingle([3, 2], r1=0.4), "belong to a single order"),
+        (lambda: DPMSingle([3, 2, 1]).evals(4), "lists 3 steps, the grid has 4"),
+        (lambda: DPMSingle([3, 2]).begin(VP(), time_grid(VP(), 3)), "the grid has 3"),
+        (lambda: singlestep_plan(VP(), 0), "got 0"),
+        (lambda: singlestep_plan(VP(), 5, order=1), "got 1"),
+        (lambda: single_step(None, None, 0.5, 0.4, VP(), 2, r2=0.3), "r2=0.3, order=2"),
+    ],
+)
+def test_what_singlesteps_refuse(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
