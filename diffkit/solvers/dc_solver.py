@@ -36,13 +36,19 @@ def unipc_row(
     target: Node,  # where the step goes
     corrector: bool = False,  # use the prediction at the target, too; its weight then comes first
     variant: str = "bh2",  # B(h): "bh1" is h, "bh2" is e^h - 1
-) -> Row:  # for x0 predictions
+    form: str = "x0",  # of the predictions that are combined: "x0" or "eps"
+) -> Row:  # for predictions of that form
     """One step of UniP or UniC: the weights of x, of the prediction at the target (corrector
-    only) and of the past. Source: arXiv 2302.04867, eq. (3) and (9), data form."""
-    if len(nodes) == 1 and not corrector:
+    only) and of the past. Source: arXiv 2302.04867, eq. (3) and (9), and their data form."""
+    if len(nodes) == 1 and not corrector and form == "x0":
         return first_order(nodes[0], target)
     h = target.lam - nodes[0].lam
-    z = -h
+    # the two forms differ in what the state keeps, in the size of the rest and in a sign
+    z = -h if form == "x0" else h
+    size, rest = (target.alpha, target.sigma) if form == "x0" else (target.sigma, target.alpha)
+    kept = rest / (nodes[0].sigma if form == "x0" else nodes[0].alpha)
+    if len(nodes) == 1 and not corrector:
+        return Row(kept, (-size * torch.expm1(z),))
     B = z if variant == "bh1" else torch.expm1(z)
     places = [(p.lam - nodes[0].lam) / h for p in nodes[1:]]  # of the predictions, in units of h
     r = torch.stack([*places, *[torch.ones_like(h)] * corrector], -1)
@@ -53,9 +59,9 @@ def unipc_row(
     else:
         b = torch.stack([_moments(z, k) * z / B for k in range(1, q + 1)], -1)
         c = torch.linalg.solve(torch.stack([r**k for k in range(q)], -2), b[..., None])[..., 0]
-    w = (-(target.alpha * B)[..., None] * c / r).unbind(-1)  # of the differences m_k - m_0
-    first = -target.alpha * torch.expm1(z) - sum(w)
-    return Row(target.sigma / nodes[0].sigma, (w[-1], first, *w[:-1]) if corrector else (first, *w))
+    w = (-(size * B)[..., None] * c / r).unbind(-1)  # of the differences m_k - m_0
+    first = -size * torch.expm1(z) - sum(w)
+    return Row(kept, (w[-1], first, *w[:-1]) if corrector else (first, *w))
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #83aaaaa1
 class UniPC(MultistepSolver):
@@ -72,9 +78,13 @@ class UniPC(MultistepSolver):
         # lower the order at the end: True (as diffusers), False, or "auto": towards each step over
         # twice as long in log_snr as the one before
         lower_order_final: bool | str = "auto",
+        # what is interpolated: "x0", or "eps" (the noise form; diffusers: predict_x0=False)
+        form: str = "x0",
     ):
         if isinstance(order, bool) or not isinstance(order, int) or order < 1:
             raise ValueError(f"order must be a positive integer, got {order!r}")
+        if form not in ("x0", "eps"):
+            raise ValueError(f"form must be x0 or eps, got {form!r}")
         if order > 3:
             warnings.warn(
                 f"order {order}: beyond 3 the extrapolation is unstable at few steps", stacklevel=2
@@ -88,12 +98,19 @@ class UniPC(MultistepSolver):
         self.order, self.variant, self.corrector = order, variant, corrector
         self.skip_corrector = tuple(skip_corrector)
         self.lower_order_final = lower_order_final
+        self.kind = self.form = form
 
     @property
     def reuses(self):
         return self.order > 1 or self.corrector
 
     def start(self, process, grid, generator=None):
+        times = torch.as_tensor(grid).tolist()
+        if self.form == "eps" and float(process.sigma(times[-1])) == 0:
+            raise ValueError(
+                f"form='eps' cannot end at t={times[-1]:.4g}, where log_snr is infinite: use"
+                f" form='x0' or end the grid at {process.t_min:.4g}"
+            )
         super().start(process, grid, generator)
         n = len(self.times) - 1
         table = Node.at(process, torch.tensor(self.times, dtype=torch.float64))
@@ -116,7 +133,7 @@ class UniPC(MultistepSolver):
         return min(k, max(i, 1)) if self.alphas[0] == 0 else k
 
     def row(self, nodes, target, i, n):
-        return unipc_row(nodes, target, False, self.variant)
+        return unipc_row(nodes, target, False, self.variant, self.form)
 
     def correction(
         self,
@@ -125,8 +142,8 @@ class UniPC(MultistepSolver):
     ) -> list:  # weights of the prediction at the target and of the past
         """Corrector minus predictor: the state cancels, so the corrected point is the predicted
         one plus a sum of predictions."""
-        new, *past = unipc_row(nodes, target, True, self.variant).b
-        predictor = unipc_row(nodes, target, False, self.variant).b
+        new, *past = unipc_row(nodes, target, True, self.variant, self.form).b
+        predictor = unipc_row(nodes, target, False, self.variant, self.form).b
         return [new, *(u - v for u, v in zip(past, predictor))]
 
     def correct(self, x, history, new):
@@ -140,12 +157,13 @@ class UniPC(MultistepSolver):
                 return x
             out = x
             for w, p in zip(self.corrections[i], [new, *past]):
-                y, c = p.scaled("x0")
+                y, c = p.scaled(self.form)
                 out = torch.add(out, y, alpha=w * c)
             return out.to(x.dtype)
         past = past[: self.orders[i] if i < len(self.orders) else self.order]
         w = self.correction([Node.at(self.process, p.t) for p in past], Node.at(self.process, s))
-        return (x + sum(expand(u, x) * p.x0 for u, p in zip(w, [new, *past]))).to(x.dtype)
+        moved = sum(expand(u, x) * p.get(self.form) for u, p in zip(w, [new, *past]))
+        return (x + moved).to(x.dtype)
 
 # %% ../../nbs/solvers/204_dc_solver.ipynb #95927c0f
 def lagrange_weights(

@@ -12,7 +12,7 @@ import torch
 
 from ..core.denoiser import Denoiser, Prediction, Wrapped
 from ..core.process import Process, expand, time_grid
-from ..core.sampling import MultistepSolver, Node, Row, Solver
+from ..core.sampling import MultistepSolver, Node, Row, Solver, first_order
 
 # %% auto #0
 __all__ = ['DPMSolverPP', 'single_step', 'DPMSingle', 'singlestep_plan', 'Threshold', 'threshold',
@@ -181,10 +181,14 @@ def single_step(
     r1, r2 = _inner_points(order, r1, r2, rule)
     q, node, end = (1 if form == "x0" else -1), Node.at(process, t), Node.at(process, s)
     call = _inner(denoise)
-    m0 = (denoise(x, t) if first is None else first).get(form)
+    first = denoise(x, t) if first is None else first
+    if (end.sigma == 0).any() or (node.alpha == 0).any():  # of infinite length: first order
+        a, (b,), _ = first_order(node, end)
+        low = (expand(a, x) * x + expand(b, x) * first.x0).to(x.dtype)
+        return (low, low) if lower else low
+    m0 = first.get(form)
     low = _move(x, node, end, q, m0)
-    # a step of infinite length stays first order
-    if order == 1 or (end.sigma == 0).any() or (node.alpha == 0).any():
+    if order == 1:
         return (low, low) if lower else low
     h = end.lam - node.lam
     n1 = _part(node, process, r1, h)

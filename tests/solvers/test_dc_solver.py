@@ -11,7 +11,7 @@ from diffkit.core.adapters import DiffusersScheduler
 from diffkit.core.data import four_gaussians
 from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, count_evals
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, time_grid
-from diffkit.core.sampling import rms, sample
+from diffkit.core.sampling import DDIM, rms, sample
 from diffkit.solvers.basics import guided_bed, reference_trajectory
 from diffkit.solvers.dc_solver import DCSolver, UniPC, best_ratio, search_ratios, unipc_row
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
@@ -289,3 +289,55 @@ def test_rows_are_batched():
         )
         for u, v in zip(rows.b, one.b):
             torch.testing.assert_close(u[j], v)
+
+
+@pytest.fixture
+def double():  # the peer's linear solve takes the default precision
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("n", [5, 8, 20])
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize("variant", ["bh1", "bh2"])
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("form", ["eps", "x0"])
+def test_both_forms_are_diffusers_in_double_precision(double, n, order, variant, final, form):
+    from diffusers import UniPCMultistepScheduler
+
+    grid = time_grid(P, n, "linspace")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        s = UniPCMultistepScheduler(
+            beta_start=1e-4, beta_end=0.02, final_sigmas_type="sigma_min", solver_order=order,
+            solver_type=variant, lower_order_final=final, predict_x0=form == "x0",
+        )  # fmt: skip
+    s.set_timesteps(n)
+    s.sigmas = P.sigma(grid) / P.alpha(grid)
+    z = X[..., None, None]
+    for t in s.timesteps:
+        z = s.step(BED(z[..., 0, 0], (t.item() + 1) / 1000).eps[..., None, None], t, z).prev_sample
+    mine = UniPC(order, variant, lower_order_final=final, form=form)
+    y = sample(BED, mine, X, grid, progress=False)
+    torch.testing.assert_close(y, z[..., 0, 0], rtol=1e-8, atol=1e-8)
+
+
+def test_the_noise_form_without_a_corrector_is_dpm_solver_and_ddim():
+    grid = time_grid(VP(), 7, end=1e-3)
+    d, no = MixtureDenoiser(four_gaussians(), VP()), dict(lower_order_final=False)
+    go = lambda s: sample(d, s, X, grid, progress=False)
+    unip = lambda k: UniPC(k, corrector=False, form="eps", **no)
+    torch.testing.assert_close(go(unip(1)), go(DDIM()))
+    # bh2 and the midpoint rule are one for two predictions
+    torch.testing.assert_close(go(unip(2)), go(DPMSolverPP(2, form="eps", **no)))
+    assert (go(unip(2)) - go(UniPC(2, corrector=False, **no))).abs().max() > 1e-3
+
+
+def test_the_noise_form_says_where_it_cannot_go():
+    with pytest.raises(ValueError, match="got 'noise'"):
+        UniPC(form="noise")
+    with pytest.raises(ValueError, match="form='eps' cannot end at t=0"):
+        UniPC(form="eps").begin(VP(), time_grid(VP(), 4, end=0.0))
+    with pytest.raises(ValueError, match="no finite update for step 0"):
+        UniPC(form="eps").begin(Flow(), time_grid(Flow(), 4, end=0.1))

@@ -315,3 +315,13 @@ def test_threshold_keeps_double_precision():
 def test_what_singlesteps_refuse(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+@pytest.mark.parametrize("form", ["x0", "eps"])
+@pytest.mark.parametrize("order", [2, 3])
+def test_a_singlestep_from_alpha_zero_is_first_order(form, order):
+    d = MixtureDenoiser(four_gaussians(), Flow())
+    x = torch.randn(4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    first = torch.tensor([1.0, 0.7], dtype=torch.float64)
+    go = lambda s: sample(d, s, x, first, progress=False)
+    torch.testing.assert_close(go(DPMSingle(order, form)), go(DDIM()))
