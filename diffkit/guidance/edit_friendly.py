@@ -200,9 +200,14 @@ def ddim_invert(
     x0: torch.Tensor,  # (B, ...) the images
     grid: torch.Tensor,  # (N + 1,) decreasing times, ending above 0: the walk goes up from its end
     cond: dict | None = None,  # what the image shows
+    # the time that the network is told in each step: "lower", where the state is, or "upper",
+    # where it goes, as published code for inversion does
+    told: str = "lower",
 ) -> torch.Tensor:  # (B, ...) the state at grid[0] from which DDIM() comes back nearly to x0
     """DDIM run backwards, each step with the prediction at its lower end: first order, so not
     exact. Source: Song et al. 2021, section 4.3."""
+    if told not in ("lower", "upper"):
+        raise ValueError(f"told must be lower or upper, got {told!r}")
     times, process = check_run(denoiser, DDIM(), x0, grid, cond), denoiser.process
     if not float(process.sigma(times[-1])) > 0:
         raise ValueError(
@@ -214,7 +219,10 @@ def ddim_invert(
     with torch.no_grad():
         for t, s in zip(times[::-1], times[-2::-1]):
             r = first_order(Node.at(process, t), Node.at(process, s))
-            x = (r.a * x + r.b[0] * denoiser(x, t, **cond).x0).to(x.dtype)
+            p = denoiser(x, t if told == "lower" else s, **cond)
+            if told == "upper":  # the noise that it saw there, taken as that of the state
+                p = Prediction.of(x, t, process, eps=p.eps)
+            x = (r.a * x + r.b[0] * p.x0).to(x.dtype)
     return x
 
 
@@ -233,6 +241,8 @@ def edit(
     uncond: dict | None = None,  # a negative prompt; default: the model's null
     batch: int | None = None,  # steps of the inversion evaluated at once
     generator: torch.Generator | None = None,  # source of noise: another one gives another edit
+    # (steps that are left, B, ...) that noise itself, where a result must be reproducible
+    eps: torch.Tensor | None = None,
     progress: bool = True,  # a bar, if it takes longer than a second
 ) -> torch.Tensor:  # (B, ...)
     "Invert under one condition, replay under another."
@@ -254,5 +264,6 @@ def edit(
         source,
         batch=batch,
         generator=generator,
+        eps=eps,
     )
     return replay(cfg(denoiser, scale[1], uncond), noise, target, progress=progress)

@@ -212,6 +212,7 @@ def deis_coefficients(
 # name -> (rows of a below the diagonal, b); the number is the order, and here also the number of
 # stages; ral: Ralston, vdh: van der Houwen
 TABLEAUX = {
+    "1euler": ([], [1.0]),
     "2heun": ([[1.0]], [1 / 2, 1 / 2]),
     "2midpoint": ([[1 / 2]], [0.0, 1.0]),
     "2ral": ([[2 / 3]], [1 / 4, 3 / 4]),

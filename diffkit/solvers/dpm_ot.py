@@ -178,7 +178,7 @@ class SemiDiscreteOT(nn.Module):
         # sampling noise
         tol: float | None = None,
         # steps without a better norm until the batch doubles and lr falls by 0.8, at most three
-        # times (the release: 50)
+        # times (the release waits for more than 50: 51)
         patience: int | None = None,
         # (n, *event) the source points themselves, all used in every step; then the solved problem
         # is that of these points

@@ -217,6 +217,31 @@ def test_ddim_inversion_on_a_point_is_exact():
     )
 
 
+def test_the_network_may_be_told_the_upper_time():
+    "By hand: the noise predicted at the lower state under the upper time, and a DDIM step up."
+    d, p = net(predicts="eps"), VP()
+    x, grid, c = randn(6, 2) / 3, time_grid(VP(), 5), labels(1)
+    y = x
+    for s, t in zip(grid.flip(0), grid.flip(0)[1:]):  # from s up to t
+        e = d(y, t.item(), **c).eps
+        y = p.alpha(t) / p.alpha(s) * (y - p.sigma(s) * e) + p.sigma(t) * e
+    assert_close(ddim_invert(d, x, grid, c, told="upper"), y)
+    assert not torch.allclose(ddim_invert(d, x, grid, c), y)
+    with pytest.raises(ValueError, match="told must be lower or upper, got 'next'"):
+        ddim_invert(d, x, grid, c, told="next")
+
+
+def test_an_edit_takes_its_draws():
+    d, grid = net(), time_grid(VP(), 8)
+    x, eps = randn(6, 2) / 3, randn(5, 6, 2, seed=3)  # 36 % of 8 steps are left out: three
+    go = lambda **k: edit(d, x, grid, labels(1), labels(2), progress=False, **k)
+    assert torch.equal(go(eps=eps), go(eps=eps)) and not torch.equal(go(eps=eps), go(eps=-eps))
+    by_hand = invert(d, x, grid[3:], cond=labels(1), eps=eps)
+    assert_close(go(eps=eps, scale=(1.0, 1.0)), replay(d, by_hand, labels(2), progress=False))
+    with pytest.raises(ValueError, match="eps"):
+        go(eps=eps[1:])
+
+
 @pytest.mark.parametrize(
     "change,error,says",
     [

@@ -418,3 +418,13 @@ def test_bad_input_is_named(make, message):
     with pytest.raises(ValueError) as e:
         make()
     assert message in str(e.value)
+
+
+@pytest.mark.parametrize("form", ["eps", "x0", "flow"])
+def test_one_stage_is_ddim(form):
+    d = MixtureDenoiser(four_gaussians(), VP())
+    x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    grid = time_grid(VP(), 7)
+    go = lambda s: sample(d, s, x, grid, progress=False)
+    torch.testing.assert_close(go(RhoRK("1euler", form)), go(DDIM()))
+    assert RhoRK("1euler").evals(7) == 7
