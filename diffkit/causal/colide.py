@@ -115,7 +115,8 @@ def colide(
     normalize: bool = True,
     names: list | None = None,  # of the columns; a DataFrame brings its own
     progress: bool | None = None,  # a bar; None: if the run will take over five seconds
-    callback: Callable | None = None,  # callback(stage, iteration, W) at every checkpoint
+    # callback(stage, iteration, W) at every checkpoint, W (d, d), for a batch (..., d, d)
+    callback: Callable | None = None,
 ) -> DagFit:
     """Estimates a linear DAG and its noise scales together. Source: Saboksayr et al. 2024,
     Algorithm 1."""

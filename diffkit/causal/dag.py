@@ -1293,7 +1293,9 @@ def follow_path(
     progress: bool | None = None,  # a bar; None: if the run will take over five seconds
 ):  # W (b, d, d), sigma (b, d), history, converged (b,)
     """Minimises `mu_k (score + lam |W|_1) + h_logdet(W, s_k)` over the stages k by Adam.
-    Source: Bello et al. 2022, Algorithm 1."""
+    Source: Bello et al. 2022, Algorithm 1. The history has a dict a checkpoint and graph: the
+    objective and h, s and lr as they then are, and how often the stage began again (`restarts`)
+    or halved a step (`halvings`) because the matrix had left the domain of h."""
     nb, d = C.shape[0], C.shape[-1]
     _solver_args(nb, lam, s, mu, iters, lr, tol, checkpoint)
     xp, new, host = _array_tools(C)
@@ -1309,7 +1311,7 @@ def follow_path(
         run, nw, nsig = np.arange(nb), W + 0, sigma + 0  # nw, nsig: what the stage leaves
         w, sg, c, l1, mk = W + 0, sigma + 0, C, lam_all, mask
         m, v, t, rate = 0 * w, 0 * w, np.zeros(nb, int), np.full(nb, lr)
-        dom, prev = np.full(nb, s_k), np.full(nb, np.inf)
+        dom, prev, starts = np.full(nb, s_k), np.full(nb, np.inf), np.zeros((2, nb), int)
         CE, S, R, step = c - c @ w, col(dom), col(rate), 0 * w
         c1, c2 = map(col, _adam_factors(n, decay, betas))
         while len(run):
@@ -1327,6 +1329,7 @@ def follow_path(
                 dom[again] += 0.1
                 t[again] = 0
                 prev[again] = np.inf
+                starts += again, half
                 keep, halved = col(~again * 1.0), col(half * 1.0)[:, 0]
                 w = w * keep + W[run] * (1 - keep)
                 sg = sg * keep[:, 0] + sigma[run] * (1 - keep[:, 0])
@@ -1359,6 +1362,8 @@ def follow_path(
                 )
             for a, x, y in zip(at, o, h):
                 record = dict(graph=int(run[a]), stage=k, iteration=int(t[a]))
+                record |= dict(s=float(dom[a]), lr=float(rate[a]))
+                record |= dict(restarts=int(starts[0, a]), halvings=int(starts[1, a]))
                 history.append(record | dict(objective=float(x), h=float(y)))
             with np.errstate(divide="ignore", invalid="ignore"):
                 still = np.abs((prev[at] - o) / prev[at]) <= tol
@@ -1372,6 +1377,7 @@ def follow_path(
             if done.any():
                 live = np.flatnonzero(~done)
                 run, t, rate, dom, prev = (x[live] for x in (run, t, rate, dom, prev))
+                starts = starts[:, live]
                 w, sg, c, l1, mk = (x[live] for x in (w, sg, c, l1, mk))
                 m, v, CE, S, R, step = (x[live] for x in (m, v, CE, S, R, step))
         W, sigma = nw, nsig
@@ -1409,14 +1415,15 @@ def solve_path(
                 f"allowed must be a 0/1 mask of {d} nodes, got shape {tuple(allowed.shape)}"
             )
         allowed = flat(_expand(allowed, c, "allowed"))
-    scale, sigma0 = rule(flat(c)) if rule else (None, None)
-    path |= dict(init=init, allowed=allowed)
-    W, sigma, history, converged = follow_path(flat(c), scale, sigma0, **path)
-
     def give(x, *tail):
         x = torch.as_tensor(x).reshape((*c.shape[:-2], *tail))
         return _back(x, C) if x.ndim else x.item()
 
+    scale, sigma0 = rule(flat(c)) if rule else (None, None)
+    path |= dict(init=init, allowed=allowed)
+    if told := path.get("callback"):  # in the shape and kind of what the caller gave
+        path["callback"] = lambda k, i, W: told(k, i, give(W, d, d))
+    W, sigma, history, converged = follow_path(flat(c), scale, sigma0, **path)
     last = {r["graph"]: r["objective"] for r in history}
     out = dict(objective=give(np.array([last[i] for i in range(len(W))])), history=history)
     if rule:  # least squares does not estimate the noise: `_fit` reads it off the residuals

@@ -128,3 +128,39 @@ def test_gpu_equals_cpu():
     kw = dict(variance="unequal", iters=(200, 200), s=(1.0, 0.9), mu=(1.0, 0.1))
     gpu = colide(cov=torch.as_tensor(C).cuda(), **kw)
     assert gpu.W.is_cuda and np.abs(gpu.raw.cpu().numpy() - colide(cov=C, **kw).raw).max() < 1e-8
+
+
+def test_history_tells_s_lr_and_abandoned_attempts():
+    """A calm stage keeps its s and lr. A start outside the domain: each restart adds a tenth to s
+    and halves lr, and so does each step that is taken back halve lr; the record says how many."""
+    C = covariance(problem(d=8)[1])
+    calm = colide(cov=C, iters=(40, 40), s=(1.0, 0.9), mu=(1.0, 0.1), lr=1e-3, checkpoint=20)
+    assert [(h["s"], h["lr"]) for h in calm.history] == [(1.0, 1e-3)] * 2 + [(0.9, 1e-3)] * 2
+    assert all(h["restarts"] == h["halvings"] == 0 for h in calm.history)
+    wild = colide(
+        cov=C, iters=(50,), s=(0.5,), mu=(1.0,), lr=0.1, checkpoint=10, init=np.full((8, 8), 0.3)
+    )
+    for h in wild.history:
+        assert h["restarts"] > 0
+        assert abs(h["s"] - (0.5 + 0.1 * h["restarts"])) < 1e-12
+        assert h["lr"] == 0.1 * 0.5 ** (h["restarts"] + h["halvings"])
+    steep = colide(cov=C, iters=(150,), s=(1.0,), mu=(1.0,), lr=0.5, checkpoint=10)
+    last = steep.history[-1]
+    assert last["halvings"] + last["restarts"] > 0
+    assert last["lr"] == 0.5 * 0.5 ** (last["restarts"] + last["halvings"])
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_the_callback_sees_what_the_caller_gave(kind, batch):
+    "One graph has no batch axis; tensors come as tensors; the last call is the raw result."
+    C = np.broadcast_to(covariance(problem(d=5)[1]), (*batch, 5, 5)).copy()
+    seen = []
+    fit = colide(
+        cov=kind(C), iters=(20,), s=(1.0,), mu=(1.0,), checkpoint=10, normalize=False,
+        callback=lambda k, i, W: seen.append((k, i, W)),
+    )  # fmt: skip
+    assert [v[:2] for v in seen] == [(0, 10), (0, 20)]
+    for _, _, W in seen:
+        assert W.shape == C.shape and isinstance(W, type(kind(C)))
+    np.testing.assert_allclose(np.asarray(seen[-1][2]), np.asarray(fit.raw))
