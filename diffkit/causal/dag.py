@@ -1415,6 +1415,7 @@ def solve_path(
                 f"allowed must be a 0/1 mask of {d} nodes, got shape {tuple(allowed.shape)}"
             )
         allowed = flat(_expand(allowed, c, "allowed"))
+
     def give(x, *tail):
         x = torch.as_tensor(x).reshape((*c.shape[:-2], *tail))
         return _back(x, C) if x.ndim else x.item()

@@ -453,8 +453,15 @@ def check_grid(
     grid: torch.Tensor,  # (steps + 1,) times
 ) -> torch.Tensor:  # the grid in float64 on the processor
     """Raise `ValueError` unless `grid` is a strictly decreasing list of at least two times in
-    [0, 1]."""
-    g = torch.as_tensor(grid, dtype=torch.float64).detach().cpu()
+    [0, 1]. Times in float32 are read as the decimal numbers that they print as: 0.9 is 0.9, and
+    the kinks of a table, which slopes depend on, are met."""
+    # a list of Python numbers is exact already
+    g = torch.as_tensor(grid, dtype=None if hasattr(grid, "dtype") else torch.float64)
+    g = g.detach().cpu()
+    if g.dtype in (torch.float32, torch.float16):
+        decimal = [float(str(v)) for v in g.flatten().numpy()]
+        g = torch.tensor(decimal, dtype=torch.float64).view(g.shape)
+    g = g.double()
     if g.ndim != 1 or len(g) < 2:
         raise ValueError(
             f"grid must be one-dimensional with at least 2 times, got shape {tuple(g.shape)}"
