@@ -173,6 +173,48 @@ def test_log_weights_accumulate_between_resamplings():
     assert abs(count(x).mean() - TABLE.p @ count(TABLE.states)) > 0.3
 
 
+class Still(Solver):  # stays where it is, though it draws: values are then what they are set to
+    def step(self, denoise, x, t, s):
+        torch.rand(1, generator=self.generator)
+        denoise(x, t)
+        return x
+
+
+def test_a_group_that_did_not_resample_keeps_its_weights():
+    """Two groups of four; the first resamples in the first step, the second does not. After the
+    second step the first group has earned nothing, and the second what it earned in both."""
+    grid = torch.tensor([0.9, 0.7, 0.5, 0.3], dtype=F64)
+    mild = torch.arange(4.0, dtype=F64)
+    x = torch.zeros(8, 2, dtype=F64)
+    x[:2, 0], x[4:, 0], x[4:, 1] = torch.tensor([50.0, 50.5], dtype=F64), mild / 2, 3 * mild / 2
+
+    def value(y, t):  # large ones stay as they are; else the first column, then the second
+        return torch.where(y[:, 0] > 40, y[:, 0], y[:, 0] * (t > 0.6) + y[:, 1] * (t < 0.6))
+
+    smc = RewardSMC(Still(), value, ess=0.5, groups=2)
+    out = run(MixtureDenoiser(MIX, VP()), smc, x, grid)
+    size = lambda log_w: (log_w.exp().sum() ** 2 / (2 * log_w).exp().sum()).item()
+    one, two, _ = (v.tolist() for v in smc.sizes)
+    assert_close(one, [size(mild[:2] / 2), size(mild / 2)], rtol=1e-9, atol=0)
+    # so that the test can fail: below and above half of four, with one step's weights and with both
+    assert one[0] < 2 < one[1] and size(3 * mild / 2) < 2 < size(mild)
+    assert_close(two, [4.0, size(3 * mild / 2)], rtol=1e-9, atol=0)
+    assert set(out[:4, 0].tolist()) == {50.0, 50.5}
+
+
+@pytest.mark.parametrize("process", [VP(), Cosine()], ids=lambda p: type(p).__name__)
+def test_exact_steps_give_mean_b_and_variance_one(process):
+    """x_0 ~ N(0, 1), r = b x: with the larger ancestral variance the model's steps are exact, and
+    the tilted law N(b, 1) comes out of a few of them."""
+    d, b, n = MixtureDenoiser(GaussianMixture(torch.zeros(1, 1), scales=1.0), process), 1.5, 3000
+    x = process.sigma(process.t_max) * randn(n, 1, seed=1)
+    grid = time_grid(process, 12, "log_snr", process.t_max, max(process.t_min, 1e-3))
+    y = run(d, SVDD(Ancestral("large"), PosteriorMean(lambda x: b * x[:, 0]), M=64), x, grid)[:, 0]
+    # three standard errors, and 0.03 for M = 64
+    assert abs(y.mean() - b) < 0.03 + 3 / n**0.5
+    assert abs(y.var() - 1.0) < 0.03 + 3 * (2 / n) ** 0.5
+
+
 @pytest.mark.parametrize(
     "process",
     [VP(), Cosine(), Flow(), Discrete(), VE(0.01, 20.0), EDM()],
