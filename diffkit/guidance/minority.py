@@ -25,40 +25,54 @@ def minority_score(
     x0: torch.Tensor,  # (B, ...) clean samples
     # how much noise, in (0, 1]; the one choice that matters, see the curve in this notebook
     t: float = 0.2,
-    n: int = 16,  # draws of noise; the smaller t, the more are needed
+    n: int | None = None,  # draws of noise, default 16; the smaller t, the more are needed
     # "mse": squared distance, summed; or a function of two batches -> (B,), e.g. of features
     distance: str | Callable = "mse",
     generator: torch.Generator | None = None,  # source of the noise
     batch: int = 4096,  # rows evaluated at once
+    noise: torch.Tensor | None = None,  # (n, B, ...) the draws themselves, and no generator then
     **cond,  # conditions, e.g. label=y: rare within its class
 ) -> torch.Tensor:  # (B,) larger is rarer
     "How far one step of denoising moves a sample. Source: arXiv 2301.12334, its minority score."
     if not isinstance(t, (int, float)) or not 0 < t <= 1:
         raise ValueError(f"t must be one time in (0, 1], got {t!r}")
-    if n < 1:
-        raise ValueError(f"n must be at least 1 draw of noise, got {n}")
+    if n is None:
+        n = 16 if noise is None else len(noise)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"n must be at least 1 draw of noise, got {n!r}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1, got {batch}")
     if distance != "mse" and not callable(distance):
         raise ValueError(f"distance must be 'mse' or a function of two batches, got {distance!r}")
+    if noise is not None and noise.shape != (n, *x0.shape):
+        raise ValueError(f"noise must have shape {(n, *x0.shape)}, got {tuple(noise.shape)}")
+    if noise is not None and generator is not None:
+        raise ValueError("generator draws the noise: give it or noise, not both")
     d = (lambda a, b: (a - b).square().flatten(1).sum(1)) if distance == "mse" else distance
-    B, process, total = len(x0), denoiser.process, []
-    cond = full_rows(cond, B)
+    B, process = len(x0), denoiser.process
+    cond, together, done = full_rows(cond, B), max(1, batch // max(B, 1)), []
     with torch.no_grad():
-        for _ in range(n):
-            noise = process.sample_noise(x0.shape, t, generator, dtype=x0.dtype)
-            x, out = process.noise(x0, t, noise.to(x0.device)), []
-            for i in range(0, B, batch):
-                part = slice(i, i + batch)
-                rows = map_rows(cond, B, lambda v, part=part: v[part])
-                out.append(d(x0[part], denoiser(x[part], t, **rows).x0))
-                if out[-1].shape != (len(x0[part]),):
+        for first in range(0, n, together):  # several draws at once where samples are few
+            m = min(together, n - first)
+            if noise is None:
+                draw = [
+                    process.sample_noise(x0.shape, t, generator, dtype=x0.dtype) for _ in range(m)
+                ]
+                e = torch.stack(draw)
+            else:
+                e = noise[first : first + m]
+            clean = x0.expand(m, *x0.shape).flatten(0, 1)
+            x, out = process.noise(clean, t, e.flatten(0, 1).to(x0)), []
+            for rows in torch.arange(m * B, device=x0.device).split(batch):
+                own = map_rows(cond, B, lambda v, i=rows % max(B, 1): v[i.to(v.device)])
+                out.append(d(clean[rows], denoiser(x[rows], t, **own).x0))
+                if out[-1].shape != (len(rows),):
                     raise ValueError(
-                        f"distance must return one number a sample, ({len(x0[part])},), got shape"
+                        f"distance must return one number a sample, ({len(rows)},), got shape"
                         f" {tuple(out[-1].shape)}"
                     )
-            total.append(torch.cat(out) if out else x0.new_zeros(0))
-    return torch.stack(total).mean(0)
+            done.append(torch.cat(out).reshape(m, B).sum(0))
+    return torch.stack(done).sum(0) / n
 
 # %% ../../nbs/guidance/304_minority.ipynb #cb51521a
 def quantile_labels(
@@ -95,7 +109,7 @@ def quantile_labels(
         edges.append(torch.stack([scores[p][out[p] == b].max() for b in range(bins - 1)]))
     return out, torch.stack(edges)
 
-# %% ../../nbs/guidance/304_minority.ipynb #1db5d515
+# %% ../../nbs/guidance/304_minority.ipynb #68b1aaca
 def mixture_classifier(
     mixture: GaussianMixture,  # with a label for each component: 0, 1, ..., L - 1
     process: Process,  # how states are noised

@@ -138,6 +138,103 @@ def test_score_in_batches_with_labels_and_a_feature_distance():
     )
 
 
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 4096])
+@pytest.mark.parametrize("process", [VP(), EDM(), Flow()], ids=lambda p: type(p).__name__)
+def test_score_of_given_noise_by_hand(process, batch):
+    d, x, y = MixtureDenoiser(MIX, process), MIX.sample(7, gen(2))[0], torch.arange(7) % 3
+    noise = randn(4, 7, 2, seed=9)
+    want = torch.zeros(7, dtype=F64)
+    for e in noise:
+        for i in range(7):
+            state = process.alpha(0.3) * x[i] + process.sigma(0.3) * e[i]
+            guess = d(state[None], 0.3, label=y[i : i + 1]).x0[0]
+            want[i] += (guess - x[i]).square().sum() / 4
+    assert_close(minority_score(d, x, 0.3, noise=noise, batch=batch, label=y), want)
+    assert_close(minority_score(d, x, 0.3, 4, noise=noise, batch=batch, label=y), want)
+    one = minority_score(d, x, 0.3, noise=noise[:1], distance=lambda a, b: a[:, 0] - b[:, 0])
+    state = process.alpha(0.3) * x + process.sigma(0.3) * noise[0]
+    assert_close(one, x[:, 0] - d(state, 0.3).x0[:, 0])  # clean first, then denoised
+
+
+def test_score_of_drawn_noise_is_that_of_the_same_draws():
+    d, x, g = MixtureDenoiser(MIX, VP()), MIX.sample(7, gen(2))[0], gen(5)
+    noise = torch.stack([torch.randn(7, 2, generator=g, dtype=x.dtype) for _ in range(16)])
+    drawn = minority_score(d, x, 0.3, generator=gen(5))  # 16 draws where nothing is said
+    assert_close(drawn, minority_score(d, x, 0.3, noise=noise))
+    for batch in (1, 20):
+        assert_close(minority_score(d, x, 0.3, batch=batch, generator=gen(5)), drawn)
+
+
+class Seen(torch.nn.Module):  # logits without weights that matter; keeps what it is asked
+    def __init__(self):
+        super().__init__()
+        self.w, self.asked = torch.nn.Parameter(torch.zeros(2)), []
+
+    def forward(self, x, t, label=None):
+        self.asked.append((x.detach().clone(), t.clone(), label))
+        return self.w.expand(len(x), 2)
+
+
+@pytest.mark.parametrize("t_max", [1.0, 0.3])
+def test_training_states_are_noised_each_at_its_own_time(t_max):
+    """What the network is shown, sample by sample, from the same draws in the same order."""
+    x0, y = MIX.sample(30, gen(4))[0], torch.arange(30) % 3
+    net, g, process = Seen(), gen(5), VP()
+    labels = torch.arange(30) % 2
+    train_bin_classifier(
+        net, x0, labels, process, steps=3, batch=8, t_max=t_max, generator=gen(5), label=y
+    )
+    assert len(net.asked) == 3
+    for x, t, label in net.asked:
+        i = torch.randint(0, 30, (8,), generator=g)
+        times = process.t_min + (t_max - process.t_min) * torch.rand(8, generator=g)
+        e = torch.randn(8, 2, generator=g, dtype=x0.dtype)
+        assert len(times.unique()) == 8 and torch.equal(label, y[i])
+        assert_close(t, times.to(t.dtype))
+        for k in range(8):
+            state = process.alpha(times[k]) * x0[i[k]] + process.sigma(times[k]) * e[k]
+            assert_close(x[k], state, check_dtype=False)
+
+
+def test_training_takes_the_step_of_cross_entropy():
+    "One step of AdamW on logits that are the weights: against the gradient by hand."
+    x0, labels, net, g = MIX.sample(30, gen(4))[0], torch.arange(30) % 2, Seen(), gen(5)
+    net.w.data = torch.tensor([0.3, -0.2])
+    before = net.w.detach().clone()
+    train_bin_classifier(net, x0, labels, VP(), steps=1, batch=9, lr=0.01, generator=gen(5))
+    share = labels[torch.randint(0, 30, (9,), generator=g)].bincount(minlength=2) / 9
+    slope = before.softmax(0) - share
+    # the first step of Adam is lr in the direction of the sign; weight decay 0.01 comes before
+    assert_close(
+        net.w.detach(), before * (1 - 0.01 * 0.01) - 0.01 * slope.sign(), rtol=0, atol=1e-6
+    )
+
+
+def shift_of_a_step(solver, grid):
+    d, clf, x, y = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP()), randn(9, 2), 2
+    go = lambda d: sample(d, solver, x, grid, progress=False)
+    z = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(clf(z, float(grid[0])).log_softmax(1)[:, y].sum(), z)
+    return go(minority(d, clf, y, 3.5)) - go(d), 3.5 * g
+
+
+def test_an_ode_step_moves_by_half_of_the_official_shift():
+    """w Sigma grad log p is the shift of the official code: to first order that of a step of the
+    SDE, twice that of a step of the ODE."""
+    errors = []
+    for h in (1e-2, 1e-3):
+        grid = torch.tensor([0.5, 0.5 - h], dtype=F64)
+        (a, a2), (s, s2) = VP().alpha(grid), VP().sigma(grid)
+        Sigma = s**2 * (1 - (a * s2 / (a2 * s)) ** 2)
+        noise = randn(1, 9, 2, seed=3)
+        both = ((Ancestral("large", noise), 1.0), (Ancestral("small", noise), 1.0), (DDIM(), 0.5))
+        for solver, part in both:
+            moved, g = shift_of_a_step(solver, grid)
+            errors.append(((moved / (Sigma * g)) - part).abs().max().item())
+    assert max(errors[:3]) < 0.2 and max(errors[3:]) < 0.02  # first order: a tenth of the step
+    assert all(5 < a / b < 20 for a, b in zip(errors[:3], errors[3:]))
+
+
 def test_training_is_reproducible_and_leaves_the_data_alone():
     x, b = MIX.sample(80, gen(4))[0].float(), torch.arange(80) % 2
     before, out = x.clone(), []
@@ -184,6 +281,15 @@ D, CLF = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP())
         (lambda x: minority_score(D, x, torch.tensor([0.1, 0.2])), ValueError, "one time"),
         (lambda x: minority_score(D, x, 0), ValueError, r"\(0, 1\]"),
         (lambda x: minority_score(D, x, n=0), ValueError, "at least 1"),
+        (lambda x: minority_score(D, x, n=True), ValueError, "got True"),
+        (lambda x: minority_score(D, x, noise=randn(0, 6, 2)), ValueError, "at least 1"),
+        (lambda x: minority_score(D, x, noise=randn(2, 5, 2)), ValueError, r"\(2, 6, 2\), got"),
+        (lambda x: minority_score(D, x, n=3, noise=randn(2, 6, 2)), ValueError, r"\(3, 6, 2\)"),
+        (
+            lambda x: minority_score(D, x, noise=randn(2, 6, 2), generator=gen()),
+            ValueError,
+            "not both",
+        ),
         (
             lambda x: mixture_classifier(
                 GaussianMixture([[0.0], [1.0]], scales=1.0, labels=[1, 2]), VP()
