@@ -151,6 +151,124 @@ def test_importance_weights_are_right_for_any_flow():
     ).abs().max() < 0.05
 
 
+class Affine(nn.Module):
+    """z = scale * eps + shift with its log-determinant: a flow whose answers are known."""
+
+    def __init__(self, scale=1.0, shift=(0.0, 0.0)):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(float(scale), dtype=F64))
+        self.shift = nn.Parameter(torch.tensor(shift, dtype=F64))
+
+    def forward(self, eps):
+        z = self.scale * eps + self.shift
+        return z, z.shape[1] * self.scale.abs().log().expand(len(z))
+
+
+@pytest.mark.parametrize("k,a", [(0.0, (1.0, -0.5)), (3.0, (0.0, 0.0)), (1.5, (2.0, 0.3))])
+def test_the_perfect_flow_has_one_weight_which_is_z(k, a):
+    """Energy k|z|^2/2 - a.z on a standard normal: N(a/(1+k), I/(1+k)) and
+    log Z = |a|^2/(2(1+k)) - (d/2) log(1+k). Its own affine flow weighs every sample by Z."""
+    a = torch.tensor(a, dtype=F64)
+    p = PromptGen(
+        lambda z: z,
+        lambda x: 0.5 * k * x.square().sum(1) - x @ a,
+        2,
+        flow=Affine((1 + k) ** -0.5, (a / (1 + k)).tolist()),
+    )
+    log_z = a.square().sum() / (2 * (1 + k)) - math.log(1 + k)
+    assert_close(p.log_weight(randn(50, 2)), log_z.expand(50), rtol=1e-10, atol=1e-10)
+    assert p.ess(50, gen(1)) == pytest.approx(1, abs=1e-10)
+    by_flow, by_prior = p.log_z(200_000, gen(2))
+    # the flow's is exact for any number of samples; five standard errors for the prior's: the
+    # weights' relative variance is Z(2E) / Z^2 - 1, in closed form, too
+    assert by_flow == pytest.approx(float(log_z), abs=1e-10)
+    two = (2 * a).square().sum() / (2 * (1 + 2 * k)) - math.log(1 + 2 * k)
+    error = math.sqrt((math.exp(two - 2 * log_z) - 1) / 200_000)
+    assert by_prior == pytest.approx(float(log_z), abs=5 * error)
+
+
+def test_log_z_by_hand():
+    "Both values from the same draws, on a flow that is not the target's."
+    p = PromptGen(lambda z: z, lambda x: x.square().sum(1), 2, flow=Affine(0.6, (0.2, -0.3)))
+    g = gen(4)
+    e, z = (torch.randn(30, 2, generator=g, dtype=F64) for _ in range(2))
+    x = 0.6 * e + torch.tensor([0.2, -0.3], dtype=F64)
+    lw = -1.5 * x.square().sum(1) + 0.5 * e.square().sum(1) + 2 * math.log(0.6)
+    want = [v.exp().mean().log().item() for v in (lw, -z.square().sum(1))]
+    assert p.log_z(30, gen(4)) == pytest.approx(tuple(want), abs=1e-10)
+
+
+@pytest.mark.parametrize("low", [0.0, 1.0, 3.0, 40.0])
+def test_ess_of_two_weights(low):
+    "k samples of weight 1 and n - k of weight w: (k + (n-k) w)^2 / (n (k + (n-k) w^2))."
+    p = PromptGen(lambda z: z, lambda x: low * (x[:, 0] > 0), 2, flow=Affine())
+    n, w = 64, math.exp(-low)
+    k = int((torch.randn(n, 2, generator=gen(5), dtype=F64)[:, 0] <= 0).sum())
+    want = (k + (n - k) * w) ** 2 / (n * (k + (n - k) * w * w))
+    assert p.ess(n, gen(5)) == pytest.approx(want, rel=1e-10)
+
+
+def test_ess_of_a_shift_in_closed_form():
+    "An untrained flow and a linear energy: lognormal weights, whose ESS is exp(-|a|^2)."
+    p = PromptGen(lambda z: z, lambda x: -0.5 * x[:, 0] - 0.5 * x[:, 1], 2, flow=Affine())
+    # the deviation of this estimate is 0.003 (two hundred repeats)
+    assert p.ess(200_000, gen(6)) == pytest.approx(math.exp(-0.5), abs=0.015)
+
+
+@pytest.mark.parametrize("anneal,steps", [(0.0, 6), (1 / 3, 9), (0.5, 8), (1.0, 5)])
+def test_the_energys_weight_grows_as_it_says(anneal, steps):
+    """At learning rate 0 the flow stays, so each loss is the weight of that iteration times
+    a constant energy, plus a known rest."""
+    flow = Affine(0.7, (0.3, -0.2))
+    p = PromptGen(lambda z: z, lambda x: 5 + 0 * x[:, 0], 2, flow=flow)
+    got, g = [], gen(8)
+    p.fit(steps, 7, 0.0, anneal, None, gen(8), False, lambda i, loss: got.append(loss))
+    for i, loss in enumerate(got):
+        e = torch.randn(7, 2, generator=g, dtype=F64)
+        z = 0.7 * e + torch.tensor([0.3, -0.2], dtype=F64)
+        rest = 0.5 * z.square().sum(1).mean().item() - 2 * math.log(0.7)
+        want = 1.0 if i + 1 >= anneal * steps else (i + 1) / (anneal * steps)
+        assert (loss - rest) / 5 == pytest.approx(want, abs=1e-10)
+    assert len(got) == steps
+
+
+def test_a_likeness_in_closed_form():
+    """Squared distance to a reference on a linear generator: N(2t/3, I/3), log Z =
+    -(d/2) log 3 - |t|^2 / 3; the cosine's energy looks at the direction only."""
+    t = torch.tensor([0.9, -1.4], dtype=F64)
+    p = PromptGen(
+        lambda z: z, distance_energy(lambda x: x, t), 2, flow=Affine(3**-0.5, (2 * t / 3).tolist())
+    )
+    log_z = -math.log(3) - t.square().sum() / 3
+    assert_close(p.log_weight(randn(20, 2)), log_z.expand(20), rtol=1e-10, atol=1e-10)
+    cosine = distance_energy(lambda x: x, t, "cosine")
+    assert_close(cosine(torch.stack([t, 5 * t, -t])), torch.tensor([0.0, 0.0, 2.0], dtype=F64))
+
+
+def test_a_likeness_is_kept_while_a_code_turns_the_rest():
+    """Two numbers are the identity, held near a reference; the third is a pose that a code names:
+    one network for all codes, against the Gaussians that the targets are."""
+    ref, near = (
+        torch.tensor([1.0, -0.5]),
+        distance_energy(lambda x: x[:, :2], torch.tensor([1.0, -0.5])),
+    )
+    p = PromptGen(
+        lambda z: z,
+        [lambda x, code: near(x), lambda x, code: (x[:, 2] - code[:, 0]).square()],
+        3,
+        flow=LatentFlow(3, 4, 32, cond_dim=1),
+    )
+    g = gen(3)
+    codes = lambda n: 4 * torch.rand(n, 1, generator=g) - 2
+    p.fit(400, 256, 1e-2, codes=codes, generator=gen(1), progress=False)
+    for c in (-1.5, 0.0, 1.5):
+        x = p.sample(20_000, gen(2), torch.full((20_000, 1), c))
+        want = torch.cat([2 * ref / 3, torch.tensor([2 * c / 3])])
+        # standard error 0.004 and 1 % from the draws; the rest is the network's
+        assert (x.mean(0) - want).abs().max() < 0.06
+        assert (3 * x.var(0) - 1).abs().max() < 0.12
+
+
 def test_same_seed_same_result_and_interruption_leaves_a_usable_flow():
     make = lambda: PromptGen(lambda z: z, lambda x: x.square().sum(1), 2, flow=LatentFlow(2, 2, 8))
     a, b = (
