@@ -488,9 +488,9 @@ def score_distill(
                 p["lr"] = start * min(1.0, (steps - i) / (cooldown * steps))
         opt.zero_grad()
         distill_loss(x, grad).backward()
-        opt.step()
-        if learns:
+        if learns:  # before the step: where a scene is its own picture, the step moves x
             q.update(x, **q_views[k])
+        opt.step()
         if callback:
             callback(i + 1, scenes if module else scenes.detach(), grad)
 

@@ -227,6 +227,70 @@ def test_same_seed_same_result_and_the_input_is_not_touched(q):
     )
 
 
+@pytest.mark.parametrize("inner,warmup", [(1, 0), (3, 2)])
+def test_a_learned_score_is_trained_in_every_step(inner, warmup):
+    """The whole algorithm by hand: the particles' step, then `inner` training steps of q on the
+    pictures before that step, every time; `warmup` rounds before the first."""
+    z, prior, kw = randn(5, 2), net(F64), dict(lr=1e-2, steps=inner)
+    q = LearnedScore(net(F64), generator=rng(7), **kw)
+    made = quiet(prior, z, q=q, warmup=warmup, steps=5, anneal_at=0.4, views=[{"label": 1}])
+    own, mine, g, gq = net(F64), z.clone(), rng(1), rng(7)
+    learn, label = torch.optim.AdamW(own.parameters(), 1e-2), torch.full((5,), 1)
+
+    def train(x):
+        for _ in range(inner):
+            t = VP().t_min + (1 - VP().t_min) * torch.rand(5, generator=gq, dtype=F64)
+            e = torch.randn(5, 2, generator=gq, dtype=F64)
+            learn.zero_grad()
+            own.loss(x, t, eps=e, label=label).backward()
+            learn.step()
+
+    for _ in range(warmup):
+        train(mine)
+    mine.requires_grad_()
+    adam = torch.optim.Adam([mine], 0.03)
+    for i in range(5):
+        x = mine.detach().clone()
+        t = 0.02 + (0.96 if i < 2 else 0.48) * torch.rand(5, generator=g, dtype=F64)
+        xt = VP().noise(x, t, torch.randn(5, 2, generator=g, dtype=F64))
+        with torch.no_grad():
+            gap = prior(xt, t, label=label).eps - own(xt, t, label=label).eps
+        mine.grad = VP().sigma(t)[:, None] ** 2 * gap
+        adam.step()
+        train(x)
+    assert_close(made, mine.detach(), rtol=1e-9, atol=1e-9)
+    for a, b in zip(q.inner.parameters(), own.parameters()):
+        assert_close(a, b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.4, 2.0])
+def test_the_kernel_of_the_exact_score(scale):
+    "Particles of width `scale`: a mixture of Gaussians of variance alpha^2 scale^2 + sigma^2."
+    prior, z, seen = MixtureDenoiser(ring(), VP()), randn(6, 2), []
+    quiet(prior, z, q="exact", scale=scale, steps=1, callback=lambda i, p, g: seen.append(g))
+    g = rng(1)
+    t = 0.02 + 0.96 * torch.rand(6, generator=g, dtype=F64)
+    e = torch.randn(6, 2, generator=g, dtype=F64)
+    a, s = VP().alpha(t)[:, None], VP().sigma(t)[:, None]
+    xt, var = a * z + s * e, (a * scale) ** 2 + s**2
+    r = (-(xt[:, None] - a[:, None] * z).square().sum(2) / (2 * var)).softmax(1)
+    score = -(xt - a * (r @ z)) / var
+    assert_close(seen[0], s**2 * (prior(xt, t).eps + s * score), rtol=1e-7, atol=1e-9)
+
+
+def test_every_particle_has_a_time_of_its_own():
+    "In the particles' step and in the training of a learned q, and anew in each step."
+    sigmas, times = [], []
+    q = LearnedScore(net(F64), generator=rng(7), steps=2)
+    loss = q.inner.loss
+    q.inner.loss = lambda x, t, **k: times.append(t) or loss(x, t, **k)
+    seen = dict(weight=lambda a, s: sigmas.append(s) or s * s, views=[{"label": 1}])
+    quiet(net(F64), randn(9, 2), q=q, steps=4, **seen)
+    assert len(sigmas) == 4 and len(times) == 8
+    for v, n in ((torch.cat(sigmas), 36), (torch.cat(times), 72)):
+        assert len(v.flatten().unique()) == n
+
+
 def test_groups_are_separate_runs():
     "With the same noises, two groups in one run move as each by itself."
     prior, z = MixtureDenoiser(ring(), VP()), randn(6, 2)
