@@ -454,3 +454,30 @@ def test_gpu_equals_cpu():
         rtol=1e-2,
         atol=1e-2,
     )
+
+
+def test_the_k_that_is_chosen_is_the_number_of_mechanisms_that_differ():
+    "Two of three mechanisms differ: k = 1 cannot fit, k = 3 need not be taken."
+    g = np.random.default_rng(3)
+    lab = np.arange(1200) % 3
+    u = g.normal(size=(1200, 3)) @ np.array([[1, 0.5, 0.2], [0, 1, 0.4], [0, 0, 1]])
+    u[:, 1] = u[:, 1] * np.array([1, 2.5, 0.4])[lab] + np.array([0, 2.0, -2])[lab]
+    u[:, 2] = u[:, 2] * np.array([1, 0.4, 1.8])[lab] + np.array([0, -3.0, 1])[lab] * u[:, 0]
+    fit = fit_domains(u, lab, iters=500, starts=4)
+    assert fit.k == 2 and list(fit.cost) == [1, 2, 3] and fit.model.scm.own.sum() == 2
+    assert fit.cost[1] > fit.cost[2] + 0.1 > fit.cost[3] - 0.1
+
+
+def test_domains_of_unequal_size_count_the_same():
+    "One column, a Gaussian a domain: the cost is the mean over domains of their entropies."
+    normal = torch.distributions.Normal(0.0, 1.0)
+    points = lambda n: normal.icdf((torch.arange(n) + 0.5) / n).double()
+    sizes, s = (1800, 200), torch.tensor([1.0, 8.0]).double()
+    x = torch.cat([points(n) * c for n, c in zip(sizes, s)])
+    lab = np.repeat(["many", "few"], sizes)
+    fit = fit_domains(x[:, None], lab, iters=600, starts=2)
+    entropy = 0.5 * np.log(2 * np.pi * np.e) + (s / x.std()).log()
+    equal = entropy.mean().item()
+    by_rows = (entropy * torch.tensor(sizes) / sum(sizes)).sum().item()
+    # the rows held out: 50 of the small domain, whose entropy they give to 1 / sqrt(100)
+    assert abs(fit.cost[1] - equal) < 0.15 < 0.8 < abs(by_rows - equal)
