@@ -5,7 +5,8 @@ orders: swap two nodes wherever the score falls, and score all swaps at once."""
 
 # %% auto #0
 __all__ = ['SCORES', 'walk_sums', 'swap_candidates', 'kkt_gap', 'swap_ratios', 'OrderScore',
-           'CovarianceScore', 'NodeScore', 'search_orders', 'linear_nodes', 'topo']
+           'CovarianceScore', 'NodeScore', 'search_orders', 'linear_nodes', 'bic_given_order',
+           'topo']
 
 # %% ../../nbs/causal/602_topo.ipynb #3c3b3d55
 import itertools
@@ -369,6 +370,61 @@ def linear_nodes(
         return w, (c[j, j] - 2 * x @ g + x @ G @ x) / 2 + l1 * np.abs(x).sum()
 
     return fit
+
+# %% ../../nbs/causal/602_topo.ipynb #1fe9b17a
+def bic_given_order(
+    C: torch.Tensor,  # (d, d) covariance
+    order: list[int],  # (d,) the nodes, causes first: `topo(...).history[-1]["order"]`
+    n: int,  # rows behind C
+    # a parent pays log n + 2 gamma log(d - 1); 0: BIC, too lax among hundreds of candidates
+    gamma: float = 1.0,
+    most: int | None = None,  # parents of a node at most; None: n // 2, above it BIC means little
+) -> torch.Tensor:  # (d, d) weights, exactly zero where there is no edge
+    """Parents of every node among its predecessors by extended BIC, forwards and then backwards,
+    all nodes side by side. Source: Chen and Chen 2008."""
+    P = _psd(C, one=True).cpu().numpy()
+    o, d = _order(order, len(P)).numpy(), len(P)
+    _whole("n", n, 2)
+    _number("gamma", gamma)
+    _whole("most", 0 if most is None else most, 0)
+    P, at, tiny = P[np.ix_(o, o)], np.arange(d), 1e-300
+    price = np.log(n) + 2 * gamma * np.log(max(d - 1, 1))
+    own = P.diagonal()
+    # for node j in row j: covariances with its residual, variances of the candidates, its own
+    r, q, v = P.copy(), np.tile(own, (d, 1)), own.copy()
+    free, rows, chosen = np.tri(d, k=-1, dtype=bool), [], []
+    for _ in range(min(d - 1, n // 2 if most is None else most)):
+        # a candidate that the parents determine has nothing to add
+        gain = np.where(free & (q > 1e-9 * own), r**2 / q.clip(tiny), 0)
+        i = gain.argmax(1)
+        best = gain[at, i]
+        go = -n * np.log1p(-(best / v).clip(max=1 - 1e-12)) > price
+        if not go.any():
+            break
+        u = P[i] - sum(row[at, i][:, None] * row for row in rows)
+        u *= (go / np.sqrt(q[at, i].clip(tiny)))[:, None]
+        r, q, v = r - u[at, at][:, None] * u, q - u * u, v - go * best
+        free[at, i] = False
+        free &= go[:, None]
+        rows.append(u)
+        chosen.append(np.where(go, i, -1))
+    W, S = np.zeros((d, d)), np.array(chosen, int).reshape(-1, d).T  # S: parents, -1 for none
+    while S.shape[1]:
+        on = S >= 0
+        A = np.where(on[:, :, None] & on[:, None], P[S[:, :, None], S[:, None]], np.eye(S.shape[1]))
+        b, K = np.where(on, P[S, at[:, None]], 0), np.linalg.inv(A)
+        w = (K @ b[..., None])[..., 0]
+        # what the variance would rise by without the parent, as a share
+        rise = w**2 / K.diagonal(axis1=1, axis2=2) / (own - (w * b).sum(1)).clip(tiny)[:, None]
+        worth = np.where(on, n * np.log1p(rise), np.inf)
+        i = worth.argmin(1)
+        cut = worth[at, i] < price
+        if not cut.any():
+            node, slot = on.nonzero()
+            W[o[S[node, slot]], o[node]] = w[node, slot]
+            break
+        S[at[cut], i[cut]] = -1
+    return _back(torch.as_tensor(W), C)
 
 # %% ../../nbs/causal/602_topo.ipynb #76838d7f
 def _starts(C, flat, order, init):

@@ -25,6 +25,7 @@ from diffkit.causal.dag import (
 from diffkit.causal.topo import (
     CovarianceScore,
     NodeScore,
+    bic_given_order,
     kkt_gap,
     linear_nodes,
     search_orders,
@@ -334,3 +335,67 @@ def test_gpu_equals_cpu():
     for kw in ({}, dict(small=40)):
         gpu = topo(torch.tensor(X).cuda(), **kw)
         assert gpu.W.is_cuda and np.abs(gpu.raw.cpu().numpy() - topo(X, **kw).raw).max() < 1e-8
+
+
+def parents_by_bic(X, order, j, gamma):
+    "Forward and backward extended BIC for one node, a regression on the data for every set."
+    X = X - X.mean(0)
+    (n, d), before = X.shape, list(order[: list(order).index(j)])
+    price = np.log(n) + 2 * gamma * np.log(d - 1)
+
+    def rss(S):
+        fit = X[:, S] @ np.linalg.lstsq(X[:, S], X[:, j], rcond=None)[0] if S else 0
+        return ((X[:, j] - fit) ** 2).mean()
+
+    S = []
+    while rest := [i for i in before if i not in S]:
+        i = min(rest, key=lambda i: rss([*S, i]))
+        if n * np.log(rss(S) / rss([*S, i])) <= price:
+            break
+        S.append(i)
+    while S:
+        i = min(S, key=lambda i: rss([s for s in S if s != i]))
+        if n * np.log(rss([s for s in S if s != i]) / rss(S)) >= price:
+            break
+        S.remove(i)
+    w = np.zeros(d)
+    if S:
+        w[S] = np.linalg.lstsq(X[:, S], X[:, j], rcond=None)[0]
+    return w
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_bic_parents_equal_one_regression_a_set(seed, gamma):
+    _, X = problem(12, seed, n=60, k=3)
+    order = np.random.default_rng(seed).permutation(12)  # a wrong order: parents come and go
+    W = bic_given_order(covariance(X), order.tolist(), len(X), gamma)
+    slow = np.stack([parents_by_bic(X, order, j, gamma) for j in range(12)], 1)
+    np.testing.assert_allclose(W, slow, atol=1e-9)
+    assert (W != 0).sum() == (slow != 0).sum() > 5
+
+
+def test_bic_parents_units_kinds_and_limits():
+    _, X = problem(10, 1, n=80)
+    C, order = covariance(X), list(range(10))
+    W, s = bic_given_order(C, order, 80), np.geomspace(0.01, 100, 10)
+    scaled = bic_given_order(C * s * s[:, None], order, 80)
+    np.testing.assert_allclose(scaled, W * s / s[:, None], rtol=1e-7)  # BIC has no unit
+    assert torch.equal(bic_given_order(torch.tensor(C), order, 80), torch.tensor(W))
+    assert (bic_given_order(C, order, 80, most=1) != 0).sum(0).max() == 1
+    assert not bic_given_order(C, order, 80, most=0).any()
+    # fewer rows than columns: a choice all the same, on columns that determine one another, too
+    few = bic_given_order(covariance(X[:6]), order, 6)
+    assert np.isfinite(few).all() and (few != 0).sum(0).max() <= 3
+    g = np.random.default_rng(0)  # a sum of two columns beside them, and a node of all three
+    twin = g.normal(size=(80, 2))
+    twin = np.concatenate([twin, twin @ [[0.37], [1.91]], twin @ [[2.0], [-3.0]]], 1)
+    twin[:, 3] += 0.1 * g.normal(size=80)
+    found = bic_given_order(covariance(twin), range(4), 80)
+    assert (found[:, 3] != 0).sum() == 2 == (found[:, 2] != 0).sum() and np.abs(found).max() < 20
+    with pytest.raises(ValueError, match="n must be"):
+        bic_given_order(C, order, 1)
+    with pytest.raises(ValueError, match="gamma must be"):
+        bic_given_order(C, order, 80, -0.1)
+    with pytest.raises(ValueError, match="order must be"):
+        bic_given_order(C, order[:-1], 80)
