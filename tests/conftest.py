@@ -80,6 +80,9 @@ def read_state() -> dict:
 
 
 def pytest_collection_modifyitems(config, items):
+    # a name with an address is another one in each process, and tests cannot be shared out
+    if bad := [i.nodeid for i in items if " at 0x" in i.nodeid]:
+        raise pytest.UsageError(f"the name of a test holds an address, give ids: {bad[0]}")
     if not config.getoption("--changed"):
         return
     state = read_state()

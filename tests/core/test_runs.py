@@ -153,13 +153,13 @@ def test_noise_of_another_law_is_refused_before_any_evaluation(solver):
         dk.MixtureDenoiser(mix, process)
 
 
-@pytest.mark.parametrize("solver", [dk.Euler, dk.DDIM, lambda: dk.DPMSolverPP(2)], ids=str)
+@pytest.mark.parametrize("solver", [dk.Euler(), dk.DDIM(), dk.DPMSolverPP(2)], ids=repr)
 @pytest.mark.parametrize("process", [dk.Discrete(), dk.VP()], ids=repr)
 def test_a_grid_in_float32_is_the_grid(solver, process):
     """Its times are read as the decimals that they print as. Rounded to float32 they would lie just
     below or above the training steps of a table, where its slope jumps."""
     d = dk.MixtureDenoiser(GM, process)
     grid = torch.tensor([1.0, 0.75, 0.543, 0.3, 0.101, 0.01], dtype=torch.float64)
-    go = lambda g: dk.sample(d, solver(), X, g, progress=False)
+    go = lambda g: dk.sample(d, solver, X, g, progress=False)
     assert torch.equal(go(grid.float()), go(grid))
     assert torch.equal(go(grid.float().numpy()), go(grid.tolist()))
