@@ -409,8 +409,17 @@ def _free(model):
     return free
 
 
-def _losses(loss, call, rows):
-    out, n = loss(call, *rows), len(rows[0])
+class _Asked(nn.Module):  # the loss as a module, so that its model can be run on other weights
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, *rows):
+        return _losses(self.loss, self.model, rows)
+
+
+def _losses(loss, model, rows):
+    out, n = loss(model, *rows), len(rows[0])
     if not isinstance(out, torch.Tensor) or out.shape != (n,):
         got = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise ValueError(f"loss gives {got} for {n} records: must be one number a record, ({n},)")
@@ -426,25 +435,44 @@ def per_example_grads(
     "One gradient a record."
     free = _free(model)
     if one_of(engine, "engine", ENGINES) == "vmap":
+        asked = _Asked(model, loss)
 
         def one(free, *row):
-            call = lambda *a, **k: torch.func.functional_call(model, free, a, k)
-            return _losses(loss, call, [r[None] for r in row])[0]
+            return torch.func.functional_call(asked, free, tuple(r[None] for r in row))[0]
 
         every = (None, *[0] * len(rows))
         many = torch.func.vmap(torch.func.grad(one), in_dims=every, randomness="different")
-        return many({k: p.detach() for k, p in free.items()}, *rows)
+        out = many({f"model.{k}": p.detach() for k, p in free.items()}, *rows)
+        return {k: out[f"model.{k}"] for k in free}
     try:
         from opacus import GradSampleModule
     except ImportError as e:
         raise ImportError("engine='opacus' needs pip install 'diffkit[privacy]'") from e
-    hooked = GradSampleModule(model, loss_reduction="sum")
+    own = lambda m: any(p.requires_grad for p in m.parameters(recurse=False))
+    # its hooks look at layers in training only; a layer that drops out for itself stays as it is
+    calm = [m for m in model.modules() if own(m) and not m.training]
+    calm = [m for m in calm if not getattr(m, "dropout", 0)]
+    hooked, n = GradSampleModule(model, loss_reduction="sum"), len(rows[0])
     try:
+        for m in calm:
+            m.training = True
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook")  # no input wants a gradient
             _losses(loss, hooked, rows).sum().backward()
-        return {k: p.grad_sample.detach() for k, p in free.items()}
+        out = {}
+        for k, p in free.items():
+            g = getattr(p, "grad_sample", None)
+            out[k] = p.new_zeros(n, *p.shape) if g is None else g.detach()  # None: not in use
+            if len(out[k]) != n:
+                raise ValueError(
+                    f"engine='opacus': {k} has {len(out[k])} gradients for {n} records, as its"
+                    " layer is not given one row a record (positions, for example): use"
+                    " engine='vmap'"
+                )
+        return out
     finally:
+        for m in calm:
+            m.training = False
         hooked.to_standard_module()
         for p in free.values():
             p.grad = None
@@ -456,9 +484,14 @@ def clipped_sum(
     grads: dict[str, torch.Tensor],  # name -> (B, ...)
     clip: float,  # C
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # name -> sum, norms before clipping (B,)
-    "Sum over records of gradients whose joint L2 norm is cut to C, the sum in (3)."
+    """Sum over records of gradients whose joint L2 norm is cut to C, the sum in (3). A record whose
+    gradient is not finite counts as 0."""
     norm = sum(g.flatten(1).square().sum(1) for g in grads.values()).sqrt()
     weight = (clip / norm.clamp(min=1e-30)).clamp(max=1.0)
+    if (bad := ~norm.isfinite()).any():  # such a record counts as nothing, and so moves nothing
+        row = lambda g: bad.view(-1, *[1] * (g.ndim - 1)).to(g.device)
+        grads = {k: g.masked_fill(row(g), 0) for k, g in grads.items()}
+        weight = weight.masked_fill(bad, 0)
     return {k: torch.tensordot(weight.to(g), g, 1) for k, g in grads.items()}, norm
 
 # %% ../../nbs/privacy/802_dp_text.ipynb #2d8cd206
@@ -505,6 +538,47 @@ def _plan(n, eps, delta, noise, batch, steps, accountant):  # -> noise, eps, del
     return s, (_eps(s, rate, *how) if s else math.inf), delta, rate
 
 
+@torch.no_grad()
+def _ask(model, loss, records, device):
+    """One number a record, which no other record moves, and nothing kept of the rows? Asked on rows
+    that are made up, so that no private one is looked at; on a true one, for the first question
+    alone, where the loss does not take those."""
+    made = [
+        torch.rand(2, *r.shape[1:]) if r.is_floating_point() else
+        torch.arange(2).view(2, *[1] * (r.ndim - 1)).expand(2, *r.shape[1:])
+        for r in records
+    ]  # fmt: skip
+    made = [m.to(device, r.dtype) for m, r in zip(made, records)]
+    kept = {k: b.clone() for k, b in model.named_buffers()}
+    mode = {m: m.training for m in model.modules()}
+    try:
+        try:
+            _losses(loss, model, [r[:1] for r in made])
+        except (IndexError, RuntimeError):  # no such class, no such word
+            model.eval()
+            _losses(loss, model, [r[:1].to(device) for r in records])
+            return
+        for k, b in model.named_buffers():
+            if not torch.equal(b, kept[k]):
+                raise ValueError(
+                    f"model.{k} is a buffer that learns from the rows, and no noise protects it:"
+                    " use a layer without one"
+                )
+        model.eval()  # what is drawn in training says nothing
+        both = _losses(loss, model, made)
+        one = torch.cat([_losses(loss, model, [r[i : i + 1] for r in made]) for i in (0, 1)])
+    finally:
+        for k, b in model.named_buffers():
+            b.copy_(kept[k])
+        for m, v in mode.items():
+            m.training = v
+    if not torch.allclose(both, one, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"loss mixes records: of two records it gives {both.tolist()}, of each alone"
+            f" {one.tolist()}"
+        )
+
+
 def dp_finetune(
     model: nn.Module,  # any; its trainable parameters are changed in place
     records: Sequence[torch.Tensor],  # each (N, ...): the private rows; N is public
@@ -525,7 +599,19 @@ def dp_finetune(
     callback: Callable | None = None,  # (step, model) after each step
 ) -> DPRun:
     "DP-SGD (3) on Poisson samples: (eps, delta)-private for one record, add/remove-one."
-    records = [records] if isinstance(records, torch.Tensor) else list(records)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    for f, name in ((loss, "loss"), (optimizer, "optimizer"), (callback, "callback")):
+        if not callable(f) and not (f is None and name == "callback"):
+            raise ValueError(f"{name}={f!r}: must be a function")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator={generator!r}: must be a torch.Generator or None")
+    one_of(accountant, "accountant", ("prv", "rdp", "pld"))
+    records = [records] if hasattr(records, "ndim") else records
+    if not isinstance(records, list | tuple) or not all(getattr(r, "ndim", 0) for r in records):
+        got = type(records).__name__
+        raise ValueError(f"records is a {got}: must be tensors with a row a record, (N, ...)")
+    records = [torch.as_tensor(r) for r in records]
     n = len(records[0]) if records else 0
     if not n or any(len(r) != n for r in records):
         raise ValueError(f"records have {[len(r) for r in records]} rows: must be equal, above 0")
@@ -543,8 +629,7 @@ def dp_finetune(
     seed = int(torch.randint(2**62, (), generator=g))  # dropout draws from torch's own state
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        with torch.no_grad():  # one number a record? asked before any noise is drawn
-            _losses(loss, model, [r[:1].to(device) for r in records])
+        _ask(model, loss, records, device)  # before any noise is drawn
         for step in range(steps):
             at = (torch.rand(n, generator=g, dtype=torch.double) < rate).nonzero()[:, 0]
             total, norms = {k: torch.zeros_like(p) for k, p in free.items()}, [zero]
@@ -552,7 +637,10 @@ def dp_finetune(
                 rows = [r[part].to(device) for r in records]
                 if clip == math.inf:
                     some = _losses(loss, model, rows).sum()
-                    some = dict(zip(free, torch.autograd.grad(some, list(free.values()))))
+                    parts = torch.autograd.grad(
+                        some, list(free.values()), allow_unused=True, materialize_grads=True
+                    )
+                    some = dict(zip(free, parts))
                 else:
                     some = per_example_grads(model, loss, rows, engine)
                     some, norm = clipped_sum(some, clip)
@@ -566,6 +654,11 @@ def dp_finetune(
             step_.zero_grad()
             norms = torch.cat(norms)
             history[step, 0] = len(at)
+            if len(norms) and not (norms > 0).any():
+                warnings.warn(
+                    "all gradients are 0: does the loss use the model that it is given?",
+                    stacklevel=2,
+                )
             if len(norms):
                 history[step, 1:] = torch.stack([norms.mean(), (norms > clip).float().mean()])
             if callback is not None:
@@ -593,7 +686,7 @@ class LoRA(nn.Module):
         with torch.no_grad():
             self.a.weight.copy_(torch.randn(r, i, generator=generator) / i**0.5)
             self.b.weight.zero_()
-        self.to(base.weight.device)
+        self.to(base.weight.device, base.weight.dtype)
 
     def forward(self, x):
         return self.base(x) + self.scale * self.b(self.a(x))
@@ -607,11 +700,20 @@ def add_lora(
     generator: torch.Generator | None = None,
 ) -> nn.Module:
     "Give each of these Linears a detour."
-    at = [(m, k, c) for m in model.modules() if not isinstance(m, LoRA)
-          for k, c in m.named_children() if k in targets and isinstance(c, nn.Linear)]  # fmt: skip
-    if not at:
-        raise ValueError(f"targets={targets!r}: no Linear of the model has such a name")
+    whole(rank, "rank")
+    if alpha is not None:
+        number(alpha, "alpha", above=True)
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    every = [(m, k, c) for m in model.modules() if not isinstance(m, LoRA)
+             for k, c in m.named_children() if isinstance(c, nn.Linear)]  # fmt: skip
+    names = sorted({k for _, k, _ in every})
+    if missing := [k for k in targets if k not in names]:
+        raise ValueError(f"targets={missing}: no Linear has such a name, there are {names}")
+    at = [(m, k, c) for m, k, c in every if k in targets]
     model.requires_grad_(False)
+    for m in model.modules():
+        if isinstance(m, LoRA):  # detours of an earlier call are trained on
+            m.a.requires_grad_(True), m.b.requires_grad_(True)
     for parent, name, linear in at:
         setattr(parent, name, LoRA(linear, rank, alpha, generator))
     return model
@@ -619,11 +721,16 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    "Put every detour into its matrix, in place: the same function, at no extra cost."
+    """Put every detour into its matrix, in place: the same function, at no extra cost. A matrix
+    that another layer shares is copied first."""
+    every = [p for m in model.modules() for p in m.parameters(recurse=False)]
     for parent in list(model.modules()):
         for name, m in list(parent.named_children()):
             if isinstance(m, LoRA):
-                m.base.weight += m.scale * m.b.weight @ m.a.weight
+                w = m.base.weight
+                if sum(p is w for p in every) > 1:
+                    w = m.base.weight = nn.Parameter(w.clone(), w.requires_grad)
+                w += m.scale * m.b.weight @ m.a.weight
                 setattr(parent, name, m.base)
     return model
 
@@ -670,7 +777,9 @@ def trainable(
             if mode == "norms":
                 own = m.named_parameters(recurse=False)
                 for k, p in own:
-                    p.requires_grad_(isinstance(m, nn.LayerNorm) or k == "bias")
+                    norm = type(m).__name__.endswith("Norm")  # RMSNorm of any library, too
+                    p.requires_grad_(norm or k == "bias")
+    _free(model)
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../../nbs/privacy/802_dp_text.ipynb #4d41dba1

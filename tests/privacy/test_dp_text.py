@@ -695,3 +695,219 @@ def test_training_is_repeatable_and_survives_the_file(tmp_path):
     assert torch.equal(params(back), params(a).half().float()) and words_.names == known.names
     assert card_["config"] == a.config
     assert json.loads((tmp_path / "tiny_lm_rt.json").read_text())["stored_as"] == "float16"
+
+
+# ---- what a user's model may do to the promise
+
+
+class Positions(nn.Module):  # one row of positions for all records, as GPT-2 has it
+    def __init__(self):
+        super().__init__()
+        self.word, self.place, self.out = nn.Embedding(9, 4), nn.Embedding(5, 4), nn.Linear(4, 9)
+
+    def forward(self, ids):
+        return self.out(self.word(ids) + self.place(torch.arange(ids.shape[1])[None]))
+
+
+def next_word(model, ids):
+    return F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:], reduction="none").mean(1)
+
+
+SQUARE = lambda model, x: model(x)[:, 0].square()
+IDS = torch.randint(9, (6, 5), generator=torch.Generator().manual_seed(0))
+ROWS = torch.randn(30, 4, generator=torch.Generator().manual_seed(1))
+HOW = dict(noise=1.0, batch=8, steps=2, accountant="rdp", loss=SQUARE)
+
+
+def test_a_gradient_that_is_no_row_a_record_is_refused():
+    torch.manual_seed(0)
+    net = Positions()
+    assert per_example_grads(net, next_word, [IDS])["place.weight"].shape == (6, 5, 4)
+    with pytest.raises(ValueError, match="place.weight has 1 gradients for 6 records"):
+        per_example_grads(net, next_word, [IDS], "opacus")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e25])
+@pytest.mark.parametrize("engine", ["vmap", "opacus"])
+def test_a_record_without_a_finite_gradient_moves_nothing(bad, engine):
+    grads = {"a": torch.tensor([[3.0, 4.0], [bad, 1.0], [0.0, 0.1]]), "b": torch.ones(3, 1)}
+    grads["b"][1] = 1e30
+    total, norm = clipped_sum(grads, 1.0)
+    rest, _ = clipped_sum({k: v[[0, 2]] for k, v in grads.items()}, 1.0)
+    for k in total:
+        torch.testing.assert_close(total[k], rest[k])
+    assert not norm[1].isfinite() or bad == 1e25
+    x = ROWS.clone()
+    x[3] = bad
+    torch.manual_seed(0)
+    net = nn.Linear(4, 1)
+    dp_finetune(net, x, **HOW | dict(batch=30, engine=engine))
+    assert net.weight.isfinite().all()
+
+
+class Remembers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Linear(4, 1)
+        self.register_buffer("seen", torch.zeros(4))
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.maximum(self.seen, x.detach().amax(0))
+        return self.w(x)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "opacus"])
+@pytest.mark.parametrize("layer", [Remembers, "InstanceNorm1d"])
+def test_a_buffer_that_learns_from_rows_is_refused(engine, layer):
+    if layer is Remembers:
+        net, x, name = Remembers(), ROWS, "seen"
+    else:
+        norm = nn.InstanceNorm1d(4, track_running_stats=True)
+        net, x, name = (
+            nn.Sequential(norm, nn.Flatten(), nn.Linear(12, 1)),
+            torch.randn(30, 4, 3),
+            "",
+        )
+    before = {k: b.clone() for k, b in net.named_buffers()}
+    with pytest.raises(ValueError, match=f"model.{name}.* is a buffer that learns"):
+        dp_finetune(net, x, **HOW | dict(engine=engine))
+    assert all(torch.equal(b, before[k]) for k, b in net.named_buffers())
+
+
+def test_both_engines_serve_a_model_in_eval_mode():
+    model = tiny_lm()[0]
+    assert not model.training
+    rows = torch.randint(6, 60, (4, 10), generator=torch.Generator().manual_seed(0))
+    a, b = (per_example_grads(model, text_loss, [rows], e) for e in ("vmap", "opacus"))
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], rtol=1e-3, atol=1e-5)
+    assert not any(m.training for m in model.modules())
+
+
+@pytest.mark.parametrize("engine", ["vmap", "opacus"])
+def test_a_layer_out_of_use_has_gradients_of_zero(engine):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.a(x)
+
+    net = Two()
+    assert (per_example_grads(net, SQUARE, [ROWS], engine)["b.weight"] == 0).all()
+    before = net.b.weight.clone()
+    how = dict(noise=0, clip=math.inf, engine=engine, optimizer=torch.optim.SGD)
+    dp_finetune(net, ROWS, **HOW | how)
+    assert torch.equal(net.b.weight, before)
+
+
+def test_the_loss_gets_the_module_itself():
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 1)
+
+    torch.manual_seed(0)
+    net = Parts()
+    inside = lambda m, x: m.second(m.first(x).tanh())[:, 0].square()
+    a, b = (per_example_grads(net, inside, [ROWS], e) for e in ("vmap", "opacus"))
+    for k in a:
+        torch.testing.assert_close(a[k], b[k])
+    assert (a["first.weight"] != 0).any()
+
+
+def test_a_loss_that_mixes_records_or_looks_elsewhere():
+    net, other = nn.Linear(4, 1), nn.Linear(4, 1)
+    mixed = lambda m, x: (m(x)[:, 0] - m(x)[:, 0].mean()).square()
+    with pytest.raises(ValueError, match="loss mixes records: of two records it gives"):
+        dp_finetune(net, ROWS, **HOW | dict(loss=mixed))
+    with pytest.warns(UserWarning, match="all gradients are 0"):
+        dp_finetune(net, ROWS, **HOW | dict(loss=lambda m, x: other(x)[:, 0].square()))
+
+
+def test_a_merge_leaves_a_shared_matrix_alone():
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.word, self.head = nn.Embedding(9, 4), nn.Linear(4, 9, bias=False)
+            self.head.weight = self.word.weight
+
+        def forward(self, ids):
+            return self.head(self.word(ids))
+
+    net = add_lora(Tied(), 2, targets="head")
+    with torch.no_grad():
+        net.head.b.weight.normal_()
+    words, before = net.word.weight.clone(), net(IDS)
+    merge_lora(net)
+    torch.testing.assert_close(net(IDS), before)
+    assert torch.equal(net.word.weight, words) and net.head.weight is not net.word.weight
+
+
+def test_targets_of_lora_are_names():
+    make = lambda: nn.ModuleDict(dict(q=nn.Linear(4, 4), q_proj=nn.Linear(4, 4), v=nn.Linear(4, 4)))
+    net = add_lora(make(), 2, targets="q_proj")
+    assert [k for k, m in net.items() if isinstance(m, LoRA)] == ["q_proj"]
+    add_lora(net, 2, targets=("v",))  # a second call trains the first detour on
+    assert sum(p.requires_grad for p in net.parameters()) == 4
+    with pytest.raises(ValueError, match=r"targets=\['k'\].*there are \['q', 'q_proj', 'v'\]"):
+        add_lora(make(), 2, targets=("q", "k"))
+    for wrong in (dict(rank=0), dict(alpha=-1.0)):
+        net = make()
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            add_lora(net, targets="q", **wrong)
+        assert all(p.requires_grad for p in net.parameters())  # refused before any work
+    half = add_lora(make().to(torch.bfloat16), 2, targets="q")
+    assert half["q"](torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_norms_of_any_name_are_found_and_none_is_an_error():
+    class RMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+    assert trainable(nn.Sequential(RMSNorm(), nn.Linear(4, 1, bias=False)), "norms") == 4
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        trainable(nn.Linear(4, 1, bias=False), "norms")
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(generator=3), "generator=3: must be a torch.Generator"),
+        (dict(optimizer="adam"), "optimizer='adam': must be a function"),
+        (dict(loss="ce"), "loss='ce': must be a function"),
+        (dict(callback=3), "callback=3: must be a function"),
+        (dict(accountant="gdp"), "accountant='gdp'"),
+    ],
+)
+def test_arguments_are_refused_by_name_before_any_work(change, says):
+    net = nn.Linear(4, 1)
+    before = net.weight.clone()
+    with pytest.raises(ValueError, match=says):
+        dp_finetune(net, ROWS, **HOW | change)
+    assert torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize(
+    "rows", [torch.utils.data.TensorDataset(ROWS), {"x": ROWS}, [(ROWS[0], 1)], torch.tensor(1.0)]
+)
+def test_records_of_another_form_are_refused_by_name(rows):
+    with pytest.raises(ValueError, match="records .* must be tensors with a row a record"):
+        dp_finetune(nn.Linear(4, 1), rows, **HOW)
+    with pytest.raises(ValueError, match="model is a function: must be a torch.nn.Module"):
+        dp_finetune(SQUARE, ROWS, **HOW)
+
+
+def test_arrays_are_records_too():
+    torch.manual_seed(0)
+    nets = nn.Linear(4, 1), nn.Linear(4, 1)
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net, rows in zip(nets, (ROWS, ROWS.numpy())):
+        dp_finetune(net, rows, **HOW, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(nets[0].weight, nets[1].weight)
