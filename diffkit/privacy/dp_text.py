@@ -537,7 +537,7 @@ def _plan(n, eps, delta, noise, batch, steps, accountant):  # -> noise, eps, del
     s = number(noise, "noise") if noise is not None else _noise(eps, rate, *how)
     return s, (_eps(s, rate, *how) if s else math.inf), delta, rate
 
-
+# %% ../../nbs/privacy/802_dp_text.ipynb #890296e7
 @torch.no_grad()
 def _ask(model, loss, records, device):
     """One number a record, which no other record moves, and nothing kept of the rows? Asked on rows
@@ -578,7 +578,7 @@ def _ask(model, loss, records, device):
             f" {one.tolist()}"
         )
 
-
+# %% ../../nbs/privacy/802_dp_text.ipynb #7bd8ed0d
 def dp_finetune(
     model: nn.Module,  # any; its trainable parameters are changed in place
     records: Sequence[torch.Tensor],  # each (N, ...): the private rows; N is public
