@@ -11,6 +11,7 @@ import ctypes
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -82,6 +83,40 @@ def _ddim(p, t, t1):  # a DDIM step of a prediction at t, in the dtype of the st
     return a * p.x + b * p.x0
 
 
+def _times(x, **times):  # one for all rows or one a row, or an error that names it
+    for name, v in times.items():
+        if isinstance(v, torch.Tensor) and v.shape not in ((), (len(x),)):
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}: must be a number, or ({len(x)},), one a row"
+            )
+
+
+def _tells_x0(model, name, t, what):  # refuse what would divide by alpha = 0
+    t = _wide(t)
+    if not readable(t) or float(model.process.alpha(t).min()) > 1e-12:
+        return
+    kinds = {getattr(m, "predicts", None) for m in model.modules() if isinstance(m, Denoiser)}
+    for kind in kinds & {"eps", "score"}:
+        word = "noise" if kind == "eps" else "a score"
+        raise ValueError(
+            f"{what} t={float(t.max()):.4g}, where alpha is 0 and {word}, which {name} predicts,"
+            " says nothing of x0: start below, or predict x0"
+        )
+
+
+@contextmanager
+def _at_rest(model):  # no dropout in what is to be learned; then each module as it was
+    modes = [(m, m.training) for m in model.modules()]
+    if any(on for _, on in modes):  # else nothing to do, and nothing to undo
+        model.eval()
+    try:
+        yield
+    finally:
+        for m, on in modes:
+            if m.training != on:
+                m.training = on
+
+
 def two_step_target(
     teacher: Denoiser,  # of any process, predicting anything, guided or not
     x: torch.Tensor,  # (B, ...) states at t
@@ -90,11 +125,15 @@ def two_step_target(
     t2: torch.Tensor | float,  # after two
     **cond,  # conditions of the teacher, passed on
 ) -> torch.Tensor:  # (B, ...) the x_0 from which one DDIM step lands where the teacher's two do
-    "The student's target: the average (5) of the teacher's two predictions. Two evaluations."
+    """The student's target: the average (5) of the teacher's two predictions. Two evaluations, in
+    eval mode."""
     teacher = as_denoiser(teacher, "teacher")
+    _times(x, t=t, t1=t1, t2=t2)
     w = expand(step_weight(teacher.process, t, t1, t2), x).to(x.device, x.dtype)
-    first = teacher(x, t, **cond)
-    second = teacher(_ddim(first, t, t1), t1, **cond)
+    _tells_x0(teacher, "teacher", t, "x is at")
+    with _at_rest(teacher):
+        first = teacher(x, t, **cond)
+        second = teacher(_ddim(first, t, t1), t1, **cond)
     return w * first.x0 + (1 - w) * second.x0
 
 # %% ../../nbs/audio/902_prodiff.ipynb #ed9bd0ad
@@ -151,7 +190,29 @@ def gaussian_gain(
     return out.abs()
 
 # %% ../../nbs/audio/902_prodiff.ipynb #23ae21a6
+def _check_mask(mask, x, name="mask", full=True):  # one entry for all bins of a frame, or each
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name} is {type(mask).__name__}: must be a tensor, or None")
+    frames = (len(x), 1, *x.shape[2:])
+    if mask.shape != frames and not (full and mask.shape == x.shape):
+        # (B, frames) would be taken for (bins, frames) wherever B = bins
+        also = f" or {tuple(x.shape)}" if full else ""
+        word = "(B, 1, frames)" if x.ndim == 3 else "(B, 1, ...)"
+        raise ValueError(
+            f"{name} has shape {tuple(mask.shape)}: must be {word}, here {frames}{also}"
+        )
+
+
+def _check_call(f, name, of):
+    if not callable(f):
+        raise TypeError(f"{name} is {type(f).__name__}: must be a function of {of}")
+    return f
+
+
 def _l1(out, target, mask=None):  # mean over what the mask keeps
+    _check_mask(mask, out)
     d = (out - target).abs()
     if mask is None:
         return d.mean()
@@ -166,7 +227,7 @@ def distill_loss(
     grid: torch.Tensor,  # (N + 1,) the teacher's times, N even
     *,
     loss: Callable = _l1,  # (prediction, target, mask) -> scalar; the paper's is L1
-    mask: torch.Tensor | None = None,  # broadcasts against x0; False: padding
+    mask: torch.Tensor | None = None,  # (B, 1, ...) or the shape of x0; False: padding
     at: torch.Tensor | None = None,  # (B,) which of the student's steps, 0 first; None: uniform
     eps: torch.Tensor | None = None,  # the noise itself
     generator: torch.Generator | None = None,  # of both, where they are not given
@@ -177,13 +238,18 @@ def distill_loss(
     process = teacher.process
     if student.process != process:
         raise ValueError(f"student has {student.process!r}: must be the teacher's, {process!r}")
-    steps, B = len(halve(grid)) - 1, len(x0)
+    g, B = check_grid(grid), len(x0)
+    steps = len(halve(g)) - 1
+    _check_call(loss, "loss", "(prediction, target, mask)")
+    _check_mask(mask, x0)
+    for name, model in dict(teacher=teacher, student=student).items():
+        _tells_x0(model, name, float(g[0]), "grid starts at")
     if at is None:
         where = generator.device if generator is not None else x0.device
         at = torch.randint(steps, (B,), generator=generator, device=where)
     if at.shape != (B,) or at.is_floating_point() or not 0 <= int(at.min()) <= at.max() < steps:
         raise ValueError(f"at={at.tolist()}: must be {B} integers from 0 to {steps - 1}")
-    g, i = check_grid(grid).to(x0.device, widest(x0.device)), 2 * at.to(x0.device)
+    g, i = g.to(x0.device, widest(x0.device)), 2 * at.to(x0.device)
     t, t1, t2 = g[i], g[i + 1], g[i + 2]
     x = process.noise(x0, t, eps, generator).to(x0.dtype)
     with torch.no_grad():
@@ -207,7 +273,8 @@ def progressive_distill(
     *,
     rounds: int = 1,  # the paper's number; Salimans and Ho go on until few steps are left
     student: Denoiser | None = None,  # where the first round starts; None: a copy of the teacher
-    freeze: Sequence[str] = (),  # what is not trained: beginnings of the parameters' names
+    # what is not trained: beginnings of the parameters' names, or one of them
+    freeze: str | Sequence[str] = (),
     mask: Callable | None = None,  # batch -> mask of `distill_loss`
     loss: Callable = _l1,  # as in `distill_loss`
     lr: float = 1e-3,  # smaller than the teacher's: the student begins near its end
@@ -223,6 +290,16 @@ def progressive_distill(
     data = data if isinstance(data, Mapping) else dict(x0=data)
     if "x0" not in data:
         raise ValueError(f"data has the keys {', '.join(data)}: must have x0")
+    freeze = (freeze,) if isinstance(freeze, str) else tuple(freeze)
+    if not all(isinstance(p, str) and p for p in freeze):
+        raise ValueError(f"freeze={list(freeze)}: must be beginnings of names, none of them empty")
+    _check_call(loss, "loss", "(prediction, target, mask)")
+    if mask is not None:
+        _check_call(mask, "mask", "the batch, such as lambda b: b['mask'], or None")
+    for name, model in dict(teacher=teacher, student=student).items():
+        if model is not None:
+            model = as_denoiser(model, name)
+            _tells_x0(model, name, float(check_grid(grid)[0]), "grid starts at")
     out = []
     for r in range(rounds):
         new = copy.deepcopy(teacher if student is None or r else student)
@@ -230,7 +307,7 @@ def progressive_distill(
         if lost := [p for p in freeze if not any(k.startswith(p) for k in named)]:
             raise ValueError(f"freeze={lost}: must begin names such as {list(named)[:3]}")
         for k, p in named.items():
-            p.requires_grad_(not k.startswith(tuple(freeze)))
+            p.requires_grad_(not k.startswith(freeze))
 
         def objective(model, batch, teacher=teacher, grid=grid):
             rest = {k: v for k, v in batch.items() if k != "x0"}
@@ -254,6 +331,9 @@ def ssim(
     if x.shape != y.shape or x.ndim != 3:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise ValueError(f"x and y have shapes {shapes}: must be equal, (B, bins, frames)")
+    if mask is not None and mask.shape != (len(x), x.shape[2]):
+        allowed = (len(x), x.shape[2])
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: must be (B, frames), here {allowed}")
     c1, c2 = (0.01 * number(span, "span", above=True)) ** 2, (0.03 * span) ** 2
     m = torch.ones_like(x[:, :1]) if mask is None else mask[:, None].to(x)
 
@@ -291,6 +371,7 @@ class MelLoss(nn.Module):
         target: torch.Tensor,  # the same shape
         mask: torch.Tensor | None = None,  # (B, 1, frames), False: padding
     ) -> torch.Tensor:  # scalar
+        _check_mask(mask, out, full=False)  # SSIM's windows see all bins of a frame
         total = self.l1 * _l1(out, target, mask)
         if self.ssim:
             m = None if mask is None else mask[:, 0]
@@ -298,18 +379,30 @@ class MelLoss(nn.Module):
         return total
 
 # %% ../../nbs/audio/902_prodiff.ipynb #ee953e41
+def _durations(durations, shape, device):  # a tensor of integers, from a list or an array too
+    word = "(B, phonemes)" if shape is None else shape
+    try:
+        d = torch.as_tensor(durations, device=device)
+    except (TypeError, ValueError, RuntimeError):
+        got = type(durations).__name__
+        raise ValueError(f"durations is a {got}: must be integers >= 0, {word}") from None
+    kind = d.is_floating_point() or d.is_complex() or d.dtype == torch.bool
+    fits = d.ndim == 2 if shape is None else d.shape == shape
+    if kind or not fits or bool((d < 0).any()):
+        raise ValueError(f"durations is {d.dtype} {tuple(d.shape)}: must be integers >= 0, {word}")
+    return d
+
+
 def length_regulate(
     h: torch.Tensor,  # (B, C, phonemes)
-    durations: torch.Tensor,  # (B, phonemes) whole frames; 0 at padding
+    durations: torch.Tensor,  # (B, phonemes) whole frames, a list of lists too; 0 at padding
     frames: int | None = None,  # of the result; None: as many as the longest needs
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # (B, C, frames), mask, place: (B, frames)
     "Each phoneme's vector as often as it has frames; where in its phoneme a frame stands, 0 to 1."
-    d = durations
-    if d.is_floating_point() or d.shape != (h.shape[0], h.shape[2]) or bool((d < 0).any()):
-        raise ValueError(
-            f"durations is {d.dtype} {tuple(d.shape)}: must be integers >= 0,"
-            f" {(h.shape[0], h.shape[2])}"
-        )
+    if not isinstance(h, torch.Tensor) or h.ndim != 3 or not h.numel():
+        got = tuple(h.shape) if isinstance(h, torch.Tensor) else type(h).__name__
+        raise ValueError(f"h is {got}: must be a tensor (B, C, phonemes)")
+    d = _durations(durations, (h.shape[0], h.shape[2]), h.device)
     ends = d.cumsum(1)
     most = int(ends[:, -1].max())
     n = most if frames is None else whole(frames, "frames")
@@ -321,7 +414,8 @@ def length_regulate(
     size = d.gather(1, i)
     place = (at - ends.gather(1, i) + size + 0.5) / size.clamp(min=1)
     out = h.gather(2, i[:, None].expand(-1, h.shape[1], -1))
-    return out * mask[:, None], mask, (place * mask).to(h.dtype)
+    kind = h.dtype if h.is_floating_point() else torch.get_default_dtype()  # a place is a share
+    return out * mask[:, None], mask, (place * mask).to(kind)
 
 
 class DiffNet(nn.Module):
@@ -362,6 +456,7 @@ class DiffNet(nn.Module):
     ) -> torch.Tensor:  # the shape of x
         if x.ndim != 3 or x.shape[1] != self.bins:
             raise ValueError(f"x has shape {tuple(x.shape)}: must be (B, {self.bins}, frames)")
+        _check_mask(mask, x, full=False)
         m = x.new_ones(()) if mask is None else mask.to(x)
         half = self.channels // 2
         f = torch.exp(-math.log(1e4) * torch.arange(half, device=x.device) / max(1, half - 1))
@@ -430,6 +525,9 @@ class TinyTTS(nn.Module):
         durations: torch.Tensor,  # (B, phonemes) whole frames, at most the frames of x in all
     ) -> torch.Tensor:  # the shape of x
         h, mask, place = length_regulate(self.encode(ids), durations, x.shape[-1])
+        d = torch.as_tensor(durations, device=ids.device)
+        if readable(ids) and (bad := int(((ids == 0) & (d > 0)).sum())):
+            raise ValueError(f"durations has {bad} above 0 at padding: must be 0 where ids is 0")
         where = torch.stack([place, place.square()], 1) * mask[:, None]
         out = self.net(x, t, (h + self.place(where)) * mask[:, None], mask[:, None])
         return out + x * mask[:, None] if self.residual else out
@@ -440,8 +538,9 @@ def frame_mask(
     frames: int,  # of the padded spectrograms
 ) -> torch.Tensor:  # (B, 1, frames), False: padding
     "Which frames a phrase has."
-    at = torch.arange(frames, device=durations.device)
-    return (at < durations.sum(1, keepdim=True))[:, None]
+    d = _durations(durations, None, getattr(durations, "device", None))
+    at = torch.arange(whole(frames, "frames"), device=d.device)
+    return (at < d.sum(1, keepdim=True))[:, None]
 
 
 def tts_loss(
@@ -453,7 +552,8 @@ def tts_loss(
     "The teacher's training loss on what the network predicts, (9), and that of the durations."
     x0, ids, durations = batch["x0"], batch["ids"], batch["durations"]
     process, mask = denoiser.process, frame_mask(durations, x0.shape[-1])
-    g = grid.to(x0.device, widest(x0.device))
+    _check_call(loss, "loss", "(output, target, mask)")
+    g = check_grid(grid).to(x0.device, widest(x0.device))
     t = g[torch.randint(len(g) - 1, (len(x0),), device=x0.device)]
     eps = process.sample_noise(x0.shape, t, device=x0.device, dtype=x0.dtype)
     # the network's own output, not its x_0: a loss on that would weight eps by 1 / alpha
@@ -606,12 +706,14 @@ def speech(
 
 
 def phoneme_ids(
-    text: str,  # words of WORDS
+    text: str,  # words of WORDS, in any case; commas and full stops do not matter
     data: Speech,  # where they are looked up
 ) -> torch.Tensor:  # (1, phonemes)
     "Phonemes of a phrase: each word as it was said in the data."
+    if not isinstance(text, str):
+        raise ValueError(f"text={text!r}: must be a string of words, such as 'one two'")
     out = []
-    for word in text.lower().split():
+    for word in text.lower().replace(",", " ").replace(".", " ").split():
         one_of(word, "text", WORDS)
         out += data.lexicon[word]
     if not out:
@@ -730,7 +832,8 @@ def speech_denoiser(
 
 def masked_mse(out, target, mask):  # the usual loss of a noise prediction, as MelLoss is called
     "Mean squared error over what the mask keeps."
-    return ((out - target).square() * mask).sum() / (mask.sum() * out.shape[1])
+    _check_mask(mask, out)
+    return ((out - target).square() * mask).sum() / mask.expand_as(out).sum()
 
 
 def train_speech(

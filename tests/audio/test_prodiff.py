@@ -1,6 +1,7 @@
 """ProDiff: the schedule, the two-step target against the paper's formula and diffusers, perfect
 students, variance in closed form, masks and padding, the shipped speech and models, every error."""
 
+import copy
 import math
 
 import numpy as np
@@ -181,6 +182,98 @@ def test_target_refuses_times_that_do_not_fall(times):
         two_step_target(nn.Linear(2, 2), rand(2, 2), 0.9, 0.5, 0.1)
 
 
+@pytest.mark.parametrize("t", [torch.ones(3), torch.ones(2, 1), torch.ones(1, 2)])
+def test_target_refuses_times_of_another_shape(t):
+    x, teacher = rand(2, 2), MixtureDenoiser(MIX, VP())
+    for name, times in (("t", (t, 0.5, 0.1)), ("t1", (0.9, t / 2, 0.1)), ("t2", (0.9, 0.5, 0 * t))):
+        with pytest.raises(ValueError, match=rf"^{name} has shape .* must be a number, or .2,."):
+            two_step_target(teacher, x, *times)
+
+
+class Dropping(nn.Module):
+    "Half of it is dropped in training; a part is kept in eval mode, as frozen layers are."
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.drop, self.frozen = nn.Linear(2, 2), nn.Dropout(0.5), nn.Dropout(0.5)
+        self.frozen.eval()
+        self.modes, self.fails = [], False
+
+    def forward(self, x, t):
+        if self.fails:
+            raise RuntimeError("stop")
+        self.modes.append((self.training, self.drop.training))
+        return self.frozen(self.drop(self.a(x)))
+
+
+def test_a_teacher_in_train_mode_drops_nothing_and_gets_its_mode_back():
+    torch.manual_seed(0)
+    net, x, g = Dropping().double(), rand(30, 2), grid(4)
+    teacher = NetDenoiser(net, Discrete(vpsde_betas(4, b1=10.0)), "x0")
+    want = two_step_target(copy.deepcopy(teacher).eval(), x, 1.0, 0.75, 0.5)
+    modes = lambda: [m.training for m in teacher.modules()]
+    before = modes()
+    assert before == [True, True, True, True, False]
+    assert torch.equal(two_step_target(teacher, x, 1.0, 0.75, 0.5), want) and modes() == before
+    student = TwoStep(teacher, g).train()
+    net.frozen.eval()
+    assert torch.equal(student(x, 1.0).x0, want) and modes() == before
+    zero = NetDenoiser(lambda x, t: 0 * x, teacher.process, "x0")
+    how = dict(eps=x, at=torch.zeros(30, dtype=torch.int64))  # alpha x_0 = 0: the state is eps
+    states = teacher.process.sigma(torch.tensor(1.0, dtype=F64)) * x
+    got = distill_loss(zero, teacher, 0 * x, g, **how)
+    assert_close(got, two_step_target(teacher, states, 1.0, 0.75, 0.5).abs().mean())
+    assert modes() == before
+    net.fails = True
+    with pytest.raises(RuntimeError, match="stop"):
+        two_step_target(teacher, x, 1.0, 0.75, 0.5)
+    assert modes() == before
+    net.fails = False
+    net.modes.clear()
+    progressive_distill(teacher, g, x, 2, student=zero_net(), progress=False)
+    assert set(net.modes) == {(False, False)} and modes() == before
+
+
+def zero_net():
+    return NetDenoiser(Dropping().double(), Discrete(vpsde_betas(4, b1=10.0)), "x0")
+
+
+def test_a_student_still_trains_in_train_mode():
+    teacher = zero_net().eval()
+    out = progressive_distill(teacher, grid(4), rand(8, 2), 2, progress=False)[0]
+    assert (True, True) in out.run.model.net.modes and not teacher.training
+
+
+def test_noise_says_nothing_of_data_where_alpha_is_0():
+    torch.manual_seed(0)
+    x0, net = rand(8, 2, dtype=torch.float32), nn.Linear(2, 2)
+    for p in (Flow(), Cosine()):
+        for kind, word in (("eps", "noise"), ("score", "a score")):
+            if kind == "score" and not p.gaussian:
+                continue
+            teacher = NetDenoiser(lambda x, t: net(x), p, kind)
+            says = f"t=1, where alpha is 0 and {word}, which teacher predicts, says nothing of x0"
+            for call in (
+                lambda m: distill_loss(m, m, x0, grid(4)),
+                lambda m: progressive_distill(m, grid(4), x0, 1, student=m),
+                lambda m: distill_loss(TwoStep(m, grid(4)), TwoStep(m, grid(4)), x0, grid(2)),
+                lambda m: two_step_target(m, x0, 1.0, 0.5, 0.2),
+                lambda m: two_step_target(m, x0, torch.tensor([0.9, 1.0] * 4), 0.5, 0.2),
+            ):
+                with pytest.raises(ValueError, match=says + ": start below, or predict x0"):
+                    call(teacher)
+            good = MixtureDenoiser(MIX, p)
+            with pytest.raises(ValueError, match="grid starts at t=1.*which student predicts"):
+                distill_loss(teacher, good, x0, grid(4))
+            below = torch.linspace(0.9, 0, 5, dtype=F64)
+            assert distill_loss(teacher, good, x0, below).isfinite()
+        for kind in ("x0", "v", "flow"):
+            m = NetDenoiser(lambda x, t: net(x), p, kind)
+            assert distill_loss(m, m, x0, grid(4)).isfinite()
+    m = NetDenoiser(lambda x, t: net(x), Discrete(vpsde_betas(4)), "eps")  # alpha is 4e-5
+    assert distill_loss(m, m, x0, grid(4)).isfinite()
+
+
 def test_diffusers_scheduler():
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = diffusers.DDIMScheduler(
@@ -357,6 +450,46 @@ def test_loss_refuses():
             distill_loss(teacher, teacher, x0, grid(4), at=at)
 
 
+@pytest.mark.parametrize("shape", [(5, 7), (5, 5), (7,), (1, 1, 7), (5, 5, 1), (5, 3, 7), ()])
+def test_masks_that_would_be_laid_along_the_wrong_axis_are_refused(shape):
+    x, m = rand(5, 5, 7), torch.ones(shape, dtype=torch.bool)  # B = bins
+    says = r"mask has shape .*: must be \(B, 1, frames\), here \(5, 1, 7\)"
+    p = Discrete(vpsde_betas(4))
+    zero = NetDenoiser(lambda x, t: 0 * x, p, "x0")
+    net = DiffNet(5, 4, 1, 4).double()
+    for call in (
+        lambda: distill_loss(zero, zero, x, grid(4), mask=m),
+        lambda: distill_loss(zero, zero, x, grid(4), mask=m, loss=lambda o, y, m: o.mean()),
+        lambda: MelLoss()(x, 2 * x, m),
+        lambda: MelLoss(ssim=0)(x, 2 * x, m),
+        lambda: masked_mse(x, 2 * x, m),
+        lambda: net(x, torch.zeros(5), rand(5, 4, 7), m),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+    if shape != (5, 7):
+        with pytest.raises(ValueError, match=r"must be \(B, frames\), here \(5, 7\)"):
+            ssim(x, 2 * x, mask=m)
+
+
+def test_masks_of_frames_and_of_everything_are_taken():
+    x, y = rand(5, 5, 7), rand(5, 5, 7, seed=1)
+    m = torch.arange(7) < torch.tensor([7, 3, 1, 5, 2])[:, None, None]
+    kept = lambda v: v[m.expand_as(v)].mean()
+    assert_close(masked_mse(x, y, m), kept((x - y).square()))
+    assert_close(masked_mse(x, y, m.expand_as(x)), kept((x - y).square()))
+    assert_close(MelLoss(1, 0)(x, y, m), kept((x - y).abs()))
+    p = Discrete(vpsde_betas(4))
+    zero, teacher = (NetDenoiser(lambda x, t, a=a: a * x, p, "x0") for a in (0.0, 0.5))
+    how = dict(eps=y, at=torch.zeros(5, dtype=torch.int64))
+    a, b = (distill_loss(zero, teacher, x, grid(4), mask=v, **how) for v in (m, m.expand_as(x)))
+    assert_close(a, b)
+    with pytest.raises(ValueError, match="must be .B, 1, frames., here .5, 1, 7.$"):
+        MelLoss()(x, y, m.expand_as(x))  # windows of SSIM see all bins
+    with pytest.raises(TypeError, match="mask is list: must be a tensor"):
+        distill_loss(zero, teacher, x, grid(4), mask=[True])
+
+
 class Net(nn.Module):
     def __init__(self, width=32):
         super().__init__()
@@ -409,6 +542,12 @@ def test_frozen_parts_stay_and_the_teacher_too():
     assert not torch.equal(after["net.first.weight"], before["net.first.weight"])
     with pytest.raises(ValueError, match="freeze="):
         progressive_distill(teacher, grid(4), x0.float(), 1, freeze=["encoder"])
+    one = progressive_distill(  # a string is one beginning, not its letters
+        teacher, grid(4), dict(x0=x0.float(), label=which), 3, freeze="net.l", progress=False
+    )[0].student.state_dict()
+    same = {k for k, v in one.items() if k in before and torch.equal(v, before[k])}
+    assert {"net.label.weight", "net.last.weight", "net.last.bias"} <= same
+    assert "net.first.weight" not in same
 
 
 def test_progressive_distillation_refuses():
@@ -420,6 +559,18 @@ def test_progressive_distillation_refuses():
     net = NetDenoiser(Net(), VP(), "x0")
     with pytest.raises(ValueError, match="must have x0"):
         progressive_distill(net, grid(4), dict(mel=rand(4, 2)), 1)
+    for more, says in (
+        (dict(loss="l1"), "loss is str: must be a function of .prediction, target, mask"),
+        (dict(loss=None), "loss is NoneType"),
+        (dict(mask=torch.ones(4, 1)), "mask is Tensor: must be a function of the batch"),
+    ):
+        with pytest.raises(TypeError, match=says):
+            progressive_distill(net, grid(4), rand(4, 2), 1, **more)
+    with pytest.raises(TypeError, match="loss is str"):
+        distill_loss(teacher, teacher, rand(4, 2), grid(4), loss="l1")
+    for freeze in ("", [""], ["net.", ""], [3]):
+        with pytest.raises(ValueError, match="freeze=.*beginnings of names, none of them empty"):
+            progressive_distill(net, grid(4), rand(4, 2), 1, freeze=freeze)
 
 
 # ---------------------------------------------------------------- similarity and losses
@@ -482,6 +633,29 @@ def test_length_regulator():
             length_regulate(h, bad)
     with pytest.raises(ValueError, match="sum to 6 frames: must be at most 5"):
         length_regulate(h, d, 5)
+    for same in (d.tolist(), d.numpy(), d.int()):
+        assert all(map(torch.equal, length_regulate(h, same), (out, mask, place)))
+        assert torch.equal(frame_mask(same, 7), frame_mask(d, 7))
+    whole_numbers = torch.arange(24).reshape(2, 3, 4)
+    out, _, share = length_regulate(whole_numbers, d)
+    assert out.dtype == torch.int64 and out[0, 0].tolist() == [0, 0, 2, 2, 2, 3]
+    assert share.dtype == torch.float32
+    assert_close(share, place.float())
+    for bad in (d > 0, [[1, 2], [1]], "1", None, d + 0j, d[0]):
+        with pytest.raises(ValueError, match="durations is .*: must be integers >= 0"):
+            length_regulate(h, bad)
+        with pytest.raises(ValueError, match="durations is .*: must be integers >= 0"):
+            frame_mask(bad, 7)
+    for bad, got in (
+        (h[0], r"\(3, 4\)"),
+        (h[None], r"\(1, 2,"),
+        (h[:, :, :0], "2, 3, 0"),
+        ([1], "list"),
+    ):
+        with pytest.raises(ValueError, match=f"h is .*{got}.*: must be a tensor .B, C, phonemes"):
+            length_regulate(bad, d)
+    with pytest.raises(ValueError, match="frames=0"):
+        frame_mask(d, 0)
 
 
 @pytest.mark.parametrize("cycle", [1, 3])
@@ -543,6 +717,9 @@ def test_tts_gives_a_phrase_the_same_in_every_batch():
             net(x, t, ids=bad, durations=d)
     with pytest.raises(ValueError, match="must be integers"):
         net.encode(ids.float())
+    late = torch.tensor([[2, 3, 4], [2, 2, 1]])  # a frame of nothing
+    with pytest.raises(ValueError, match="durations has 1 above 0 at padding: must be 0 where ids"):
+        net(x, t, ids=ids, durations=late)
 
 
 def test_residual_network_starts_as_the_identity():
@@ -578,6 +755,13 @@ def test_training_loss_by_hand():
         log_d = model.net.log_durations(batch["ids"])
         want = want + 0.1 * (log_d - batch["durations"].log()).square().mean()
         assert_close(got, want)
+        for same in (grid(4).tolist(), grid(4).float()):
+            torch.manual_seed(5)
+            assert torch.equal(tts_loss(model, batch, same, masked_mse), got)
+        with pytest.raises(ValueError, match="grid must be strictly decreasing"):
+            tts_loss(model, batch, grid(4).flip(0))
+        with pytest.raises(TypeError, match="loss is str: must be a function"):
+            tts_loss(model, batch, grid(4), "l1")
     with pytest.raises(ValueError, match="predicts='v'"):
         tts_loss(NetDenoiser(TinyTTS(6, 5, 8, 2), p, "v"), batch, grid(4))
 
@@ -612,9 +796,16 @@ def test_looking_up_text():
     d = speech()
     ids = phoneme_ids("Two six", d)[0].tolist()
     assert [d.names[i - 1] for i in ids] == ["t", "uː", "s", "ɪ", "k", "s", ""]
+    assert phoneme_ids("Two, SIX.", d)[0].tolist() == phoneme_ids("two,six", d)[0].tolist() == ids
     part = d.take(torch.tensor([4, 2]))
     assert part.texts == [d.texts[4], d.texts[2]] and torch.equal(part.x0[1], d.x0[2])
-    for bad, text in (("ten", "must be one of 'zero'"), ("", "text is empty")):
+    for bad, text in (
+        ("ten", "must be one of 'zero'"),
+        ("six!", "text='six!': must be one of 'zero'.*did you mean 'six'"),
+        ("", "text is empty"),
+        (" ., ", "text is empty"),
+        (6, "text=6: must be a string"),
+    ):
         with pytest.raises(ValueError, match=text):
             phoneme_ids(bad, d)
     with pytest.raises(ValueError, match="split='valid'"):
