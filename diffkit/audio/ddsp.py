@@ -20,7 +20,7 @@ from ..core.checks import number, one_of, whole
 from ..core.training import Run, fit
 
 # %% auto #0
-__all__ = ['SILENT', 'exp_sigmoid', 'oscillator_bank', 'audible', 'harmonic_synth',
+__all__ = ['SILENT', 'LOUDEST', 'exp_sigmoid', 'oscillator_bank', 'audible', 'harmonic_synth',
            'filtered_noise', 'Reverb', 'RnnFcDecoder', 'to_midi', 'DDSP', 'Controls', 'controls_of',
            'fit_ddsp', 'timbre_transfer']
 
@@ -311,9 +311,37 @@ def controls_of(
     return Controls(f0.gather(-1, near), loud)
 
 
+LOUDEST = 4.0  # of audio that is meant to be in [-1, 1]: a mix may overshoot, integers do so more
+
+
+def _clips(audio, model):  # (clips, samples) in the model's type, or an error that says what to do
+    if lost := [k for k in ("hop", "sr", "seen") if not hasattr(model, k)]:
+        raise TypeError(f"model is a {type(model).__name__} without {lost}: must be like a DDSP")
+    shape = tuple(audio.shape) if isinstance(audio, torch.Tensor) else ()
+    if len(shape) != 2 or shape[1] < model.hop:
+        how = "; for one clip audio[None]" if len(shape) == 1 else ""
+        if len(shape) == 2 and 1 <= shape[1] <= 8:
+            how = "; for channels last mix them, audio.mean(1)[None]"
+        word = f"must be a tensor (clips, samples) of at least hop={model.hop} samples{how}"
+        raise ValueError(f"audio is {shape or type(audio).__name__}: {word}")
+    if not audio.is_floating_point():
+        how = "; audio / 32768 for 16 bits" if audio.dtype == torch.int16 else ""
+        raise ValueError(f"audio is {audio.dtype}: must be floats in [-1, 1]{how}")
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point())
+    audio = audio.to(next(kinds, torch.float32))
+    if len(bad := (~audio.isfinite()).nonzero()):
+        word = f"{len(bad)} values that are NaN or infinite, the first in row {int(bad[0, 0])}"
+        raise ValueError(f"audio has {word}: must be finite")
+    if (peak := float(audio.abs().max())) > LOUDEST:
+        how = "divide 16-bit values by 32768"
+        raise ValueError(f"audio reaches {peak:.4g}: must be in [-1, 1]; {how}")
+    return audio
+
+
 def fit_ddsp(
     model: DDSP,
-    audio: torch.Tensor,  # (clips, samples) of one instrument in one room, monophonic
+    # (clips, samples) floats in [-1, 1], of one instrument in one room, monophonic
+    audio: torch.Tensor,
     f0: torch.Tensor | None = None,  # (clips, frames) Hz; None: by YIN
     steps: int = 1000,  # of Adam
     lr: float = 1e-3,  # the paper's
@@ -327,23 +355,25 @@ def fit_ddsp(
     **options,  # further options of core.training.fit
 ) -> Run:
     "Train on the multi-scale spectral loss between the sound and what the model makes of it."
-    hop = model.hop
+    audio, hop = _clips(audio, model), model.hop
     _rate(sr, model)
-    if not isinstance(audio, torch.Tensor) or audio.ndim != 2:
-        got = tuple(audio.shape) if isinstance(audio, torch.Tensor) else type(audio).__name__
-        raise ValueError(f"audio is {got}: must be a tensor (clips, samples)")
     audio = audio[:, : audio.shape[-1] // hop * hop]
     n = audio.shape[-1] if length is None else whole(length, "length", hop, audio.shape[-1])
     if n % hop:
         raise ValueError(f"length={length}: must be a multiple of hop={hop}")
     found = controls_of(audio, model.sr, hop) if f0 is None else None
-    f0 = found.f0 if f0 is None else _control(f0, "f0", 2, above=True)
+    f0 = found.f0 if f0 is None else _control(f0, "f0", 2, above=True).to(audio)
     loud = found.loudness if found else loudness(audio, model.sr, model.sr / hop)
     if f0.shape != loud.shape:
         raise ValueError(f"f0 has shape {tuple(f0.shape)}: must be {tuple(loud.shape)}")
     heard = torch.stack([to_midi(f0), loud])[:, loud > SILENT]
     if heard.shape[1] < 2:
         raise ValueError(f"audio is silent: must have frames above {SILENT:g} dB")
+    if mute := (loud <= SILENT).all(1).nonzero().flatten().tolist():
+        raise ValueError(
+            f"audio is silent in row {', '.join(map(str, mute[:5]))} of {len(audio)}: each must"
+            f" have frames above {SILENT:g} dB; leave it out"
+        )
     spread = heard.std(1).clamp(min=1.0)  # a semitone, a decibel: one note has none
     model.seen.copy_(torch.stack([heard.mean(1), spread], 1))
     m = n // hop

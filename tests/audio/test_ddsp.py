@@ -408,6 +408,18 @@ def unscaled():
     return model
 
 
+def spoilt(value):
+    audio = torch.rand(3, 6400)
+    audio[2, 5] = value
+    return audio
+
+
+def mute():
+    audio = 0.1 * rand(4, 6400, dtype=torch.float32)
+    audio[[1, 3]] = 0
+    return audio
+
+
 f, a, c = const(200), const(1), torch.ones(3, 100)
 nan = const(math.nan)
 BAD = {
@@ -444,6 +456,21 @@ BAD = {
     "rate": (lambda: fit_ddsp(small(), torch.zeros(1, 6400), sr=44100), "sr=44100: must be the"),
     "1-D": (lambda: fit_ddsp(small(), torch.zeros(6400)), "audio is"),
     "windows": (lambda: fit_ddsp(small(), torch.zeros(1, 6400), length=200), "multiple of hop"),
+    "no model": (
+        lambda: fit_ddsp(nn.Linear(2, 2), torch.rand(1, 6400)),
+        "model is a Linear without .* DDSP",
+    ),
+    "no audio": (lambda: fit_ddsp(small(), [[0.1]]), "audio is list: must be a tensor"),
+    "one clip": (lambda: fit_ddsp(small(), torch.rand(6400)), r"for one clip audio\[None\]"),
+    "stereo": (lambda: fit_ddsp(small(), torch.rand(6400, 2)), r"\(6400, 2\): must .*mix them"),
+    "short": (lambda: fit_ddsp(small(), torch.rand(3, 100)), r"\(3, 100\): .* hop=128 samples$"),
+    "int16": (lambda: fit_ddsp(small(), torch.ones(1, 6400).short()), "int16: must be .*32768"),
+    "int64": (lambda: fit_ddsp(small(), torch.ones(1, 6400).long()), r"int64.*\[-1, 1\]$"),
+    "cast": (lambda: fit_ddsp(small(), 9e3 * torch.ones(2, 6400)), "audio reaches 9000: .*32768"),
+    "below": (lambda: fit_ddsp(small(), -5 * torch.ones(2, 6400)), "audio reaches 5: must be in"),
+    "nan": (lambda: fit_ddsp(small(), spoilt(math.nan)), "audio has 1 values .* first in row 2"),
+    "inf": (lambda: fit_ddsp(small(), spoilt(math.inf)), "audio has 1 values .* first in row 2"),
+    "mute row": (lambda: fit_ddsp(small(), mute()), "audio is silent in row 1, 3 of 4.*leave it"),
     "pitch": (lambda: fit_ddsp(small(), torch.rand(1, 6400), f[None]), "f0 has shape"),
     "silence": (lambda: fit_ddsp(small(), torch.zeros(1, 12800), f[None]), "audio is silent"),
     "keyword": (lambda: fit_ddsp(small(), torch.rand(1, 12800), f[None], 1, epochs=3), "epochs"),
@@ -460,6 +487,22 @@ def test_bad_input(name):
     call, words = BAD[name]
     with pytest.raises((ValueError, TypeError), match=words):
         call()
+
+
+def test_audio_of_another_precision_is_converted():
+    x = notes("flute")[0][[1, 4], :4096].half().float()  # exact in all three types
+    f0 = torch.full((2, 32), 440.0)
+    fits = []
+    for kind in (torch.float32, torch.float64, torch.float16):
+        torch.manual_seed(0)
+        model = small(4, 5)
+        pitch = f0 if kind == torch.float16 else f0.to(kind)
+        run = fit_ddsp(model, x.to(kind), pitch, 3, sizes=(128,), batch_size=2, progress=False)
+        fits.append(run.losses)
+        assert model.seen.dtype == torch.float32
+    assert torch.equal(fits[0], fits[1]) and torch.equal(fits[0], fits[2])
+    loud = 1.5 * x / x.abs().max()  # a mix that overshoots is no mistake
+    assert fit_ddsp(small(4, 5), loud, f0, 1, sizes=(128,), progress=False).losses.isfinite().all()
 
 
 def test_silence_cannot_be_played():
