@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,10 @@ class Numeric:
     def encode(self, s, name):
         "Places in [0, 1]; whole numbers at the middles of equal steps."
         if s.dtype.kind not in "iuf":
-            raise ValueError(f"column {name!r} has type {s.dtype}: must be numbers")
+            since = {"M": f"(df[{name!r}] - pd.Timestamp('2000-01-01')).dt.days",
+                     "m": f"df[{name!r}].dt.days"}.get(s.dtype.kind)  # fmt: skip
+            how = f"; for times convert to days, such as {since}" if since else ""
+            raise ValueError(f"column {name!r} has type {s.dtype}: must be numbers{how}")
         v = s.to_numpy(float)
         bad = ~((v >= self.low) & (v <= self.high)) | (self.integer & (v != np.floor(v)))
         word = f"{'whole ' if self.integer else ''}numbers from {self.low:g} to {self.high:g}"
@@ -85,6 +89,11 @@ class Categorical:
             raise ValueError(f"values={self.values!r}: must be a list without repetitions")
         if len(self.values) < 2:
             raise ValueError(f"values={self.values!r}: must be two or more")
+        if lost := [v for v in self.values if _missing(v)]:
+            raise ValueError(
+                f"values={list(self.values)!r}: must not have {lost[0]!r}; name a category such as"
+                ' "missing" and give it to the table by fillna("missing")'
+            )
         object.__setattr__(self, "values", tuple(self.values))
 
     @property
@@ -108,12 +117,25 @@ class Categorical:
         return out if len(same) > 1 or str in same else np.array(out.tolist())
 
 
+def _missing(v):  # None, or what does not equal itself: nan, NaT; pd.NA does not even say
+    try:
+        return v is None or bool(v != v)
+    except (TypeError, ValueError):
+        return True
+
+
 def _refuse(name, bad, allowed):
     if len(bad):
         first = list(dict.fromkeys(np.asarray(bad, object).tolist()))[:5]
         raise ValueError(f"column {name!r} holds {first}: must be {allowed}")
 
 # %% ../../nbs/privacy/801_private_gsd.ipynb #4d40e515
+def _once(df):  # two columns of one name: which one was meant?
+    names = list(df.columns)
+    if twice := list(dict.fromkeys(k for k in names if names.count(k) > 1)):
+        raise ValueError(f"the table has {twice} more than once: must be names that occur once")
+
+
 class Schema:
     "The public domain of a table. It must not be read off the private rows."
 
@@ -144,6 +166,7 @@ class Schema:
             stacklevel=2,
         )
         out = {}
+        _once(df)
         for k in df.columns:
             s = df[k]
             if s.dtype.kind in "iuf" and integer_as_numeric:
@@ -156,6 +179,7 @@ class Schema:
         "A frame as an array of doubles, or an error that names column and values."
         if not hasattr(df, "columns") or not hasattr(df, "isna"):
             raise TypeError(f"df is a {type(df).__name__}: must be a pandas DataFrame")
+        _once(df)
         if missing := [k for k in self.names if k not in df.columns]:
             raise ValueError(f"the table lacks {missing}, which the schema has")
         if extra := [k for k in df.columns if k not in self.columns]:
@@ -165,9 +189,10 @@ class Schema:
         out = []
         for k, c in self.columns.items():
             if n := int(df[k].isna().sum()):
-                raise ValueError(
-                    f"column {k!r} has {n} missing values: give them a category of their own"
-                )
+                how = "fill them with numbers, or drop these rows"
+                if isinstance(c, Categorical):
+                    how = "give them a category of their own, by schema and fillna('missing')"
+                raise ValueError(f"column {k!r} has {n} missing values: {how}")
             out.append(c.encode(df[k], k))
         return np.stack(out, 1)
 
@@ -280,6 +305,28 @@ class _Sum(Queries):
         return np.concatenate([np.where(one == a.size, self.size, one), two + a.size], 1)
 
 # %% ../../nbs/privacy/801_private_gsd.ipynb #97814e44
+def _pairs(pairs, names):  # tuples of names -> tuples of positions
+    word = "must be tuples of column names, such as [('a', 'b')]"
+    try:
+        pairs = None if isinstance(pairs, str) else list(pairs)
+    except TypeError:
+        pairs = None
+    if not pairs:
+        raise ValueError(f"pairs is empty or no list: {word}")
+    out, seen = [], set()
+    for p in pairs:
+        if isinstance(p, str) or not np.iterable(p) or not len(list(p)):
+            raise ValueError(f"pairs has {p!r}: {word}")
+        at = tuple(names.index(one_of(n, "pairs", names)) for n in p)
+        if len(set(at)) < len(at):
+            raise ValueError(f"pairs has {p!r}: must be different columns")
+        if frozenset(at) in seen:
+            raise ValueError(f"pairs has {p!r} twice, in whatever order: must be there once")
+        seen.add(frozenset(at))
+        out.append(at)
+    return out
+
+
 class Marginals(Queries):
     """k-way marginals. A numeric column is cut into 2, 4, ..., 2^levels equal intervals, one
     workload a level: a binary tree."""
@@ -299,8 +346,7 @@ class Marginals(Queries):
         if pairs is None:
             chosen = list(itertools.combinations(range(d), k))
         else:
-            chosen = [tuple(schema.names.index(one_of(n, "pairs", schema.names)) for n in p)
-                      for p in pairs]  # fmt: skip
+            chosen = _pairs(pairs, schema.names)
         cut = lambda j: [0] if schema.categorical[j] else levels
         all_ = [(c, v) for c in chosen for v in itertools.product(*map(cut, c))]
         shape = (len(all_), d)
@@ -633,6 +679,23 @@ def _save(path, arrays):
     write_atomic(path, data.getvalue())
 
 
+def _can_run(checkpoint, callback):  # what would fail after the noise has been paid for
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback={callback!r}: must be callable(generations, table, fitness)")
+    if checkpoint is None:
+        return
+    if not isinstance(checkpoint, str | os.PathLike):
+        raise TypeError(f"checkpoint={checkpoint!r}: must be the name of a file")
+    path = Path(checkpoint)
+    if path.is_dir():
+        raise ValueError(f"checkpoint={str(path)!r} is a folder: must be a file, such as state.npz")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"checkpoint={str(path)!r}: must be in a folder that exists, {str(path.parent)!r} does"
+            " not"
+        )
+
+
 def _resume(path, mark):  # what a checkpoint holds; nothing, where there is none
     if path is None or not Path(path).exists():
         return {}
@@ -699,6 +762,7 @@ def gsd(
 ) -> Evolved:
     "The genetic search for a table with these answers: post-processing, it costs no privacy."
     how = _settings(rows, mutate, cross, elite, generations, patience, tol)
+    _can_run(checkpoint, callback)
     q = measured.queries
     if init is not None:
         init = np.array(init, float)
@@ -735,6 +799,7 @@ def private_gsd(
     if unknown := sorted(set(settings) - set(default)):
         raise TypeError(f"unknown {unknown}: must be among {[*default, 'callback']}")
     how = _settings(rows, **(default | settings))
+    _can_run(checkpoint, callback)
     if not isinstance(schema, Schema):
         raise ValueError(f"schema={schema!r}: must be a Schema")
     X = schema.encode(df)
@@ -745,7 +810,12 @@ def private_gsd(
     if not isinstance(q, Queries) or q.schema is not schema:
         raise ValueError("queries must be Queries on this schema, such as Marginals(schema)")
     rounds = 1 if adaptive is None else whole(adaptive, "adaptive")
-    k = whole(per_round, "per_round", most=len(q) // rounds) if adaptive else 0
+    k = whole(per_round, "per_round", most=len(q)) if adaptive else 0
+    if rounds * k > len(q):
+        raise ValueError(
+            f"adaptive={rounds}, per_round={k}: must together ask for at most the {len(q)}"
+            f" workloads there are; adaptive may be from 1 to {len(q) // k} here"
+        )
     mark = _mark(schema, q.names, N, eps, delta, adaptive, k, project, how)
     state = _resume(checkpoint, mark)
     generator = _fresh(generator)

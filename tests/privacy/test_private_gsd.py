@@ -443,6 +443,13 @@ def test_a_schema_from_data_warns():
         (lambda f: f.assign(x=np.nan), "300 missing values"),
         (lambda f: f.assign(x=np.inf), "holds .inf.: must be"),
         (lambda f: f[:0], "no rows"),
+        (
+            lambda f: f.assign(x=pd.Timestamp("2020-01-01")),
+            r"'x' has type datetime.*convert to days, such as \(df\['x'\] - pd.Timestamp",
+        ),
+        (lambda f: f.assign(x=pd.Timedelta(days=2)), r"convert to days, such as df\['x'\].dt.days"),
+        (lambda f: pd.concat([f, f[["u"]]], axis=1), r"the table has \['u'\] more than once"),
+        (lambda f: pd.concat([f, f[["u", "x"]]], axis=1), r"has \['u', 'x'\] more than once"),
     ],
 )
 def test_wrong_tables(change, says):
@@ -468,7 +475,9 @@ def test_wrong_tables(change, says):
         (dict(patience=0), ValueError, "patience=0"),
         (dict(tol=-1), ValueError, "tol=-1"),
         (dict(adaptive=0), ValueError, "adaptive=0"),
-        (dict(adaptive=3, per_round=3), ValueError, "per_round=3: must be an integer from 1 to 2"),
+        (dict(adaptive=3, per_round=3), ValueError, "adaptive=3, per_round=3: must .* from 1 to 2"),
+        (dict(adaptive=1000), ValueError, "adaptive=1000, per_round=5.*the 6 workloads.*1 to 1"),
+        (dict(adaptive=1, per_round=7), ValueError, "per_round=7: must be an integer from 1 to 6"),
         (dict(project="both"), ValueError, "project='both'"),
         (dict(schema={"u": 1}), ValueError, "must be a Schema"),
         (dict(queries="all"), ValueError, "must be Queries on this schema"),
@@ -496,6 +505,19 @@ def test_wrong_settings(more, error, says):
         (lambda: Marginals(MIXED, k=5), "k=5"),
         (lambda: Marginals(MIXED, levels=21), "levels=21"),
         (lambda: Marginals(MIXED, pairs=[("u", "w")]), "pairs='w'"),
+        (lambda: Marginals(MIXED, pairs=[]), "pairs is empty"),
+        (lambda: Marginals(MIXED, pairs="ux"), "pairs is empty or no list: must be tuples"),
+        (lambda: Marginals(MIXED, pairs=3), "pairs is empty or no list"),
+        (lambda: Marginals(MIXED, pairs=["u", "x"]), "pairs has 'u': must be tuples"),
+        (lambda: Marginals(MIXED, pairs=[("u", "x"), ()]), r"pairs has \(\): must be tuples"),
+        (lambda: Marginals(MIXED, pairs=[("u", "u")]), r"\('u', 'u'\): must be different"),
+        (lambda: Marginals(MIXED, pairs=[("u", "x")] * 2), r"\('u', 'x'\) twice"),
+        (lambda: Marginals(MIXED, pairs=[("u", "x"), ("x", "u")]), r"\('x', 'u'\) twice"),
+        (lambda: Categorical(["a", None]), r"must not have None.*\"missing\".*fillna"),
+        (lambda: Categorical(["a", math.nan]), "must not have nan"),
+        (lambda: Categorical([1, np.float32("nan")]), "must not have .*nan"),
+        (lambda: Categorical(["a", pd.NA]), "must not have <NA>"),
+        (lambda: Categorical(["a", pd.NaT]), "must not have NaT"),
         (lambda: Prefixes(MIXED, 0), "count=0"),
         (lambda: Prefixes(Schema({"a": Categorical([1, 2])})), "need a Numeric column"),
         (lambda: Cells(MIXED, lambda x: x[:, 0], 3), "one whole number a row"),
@@ -510,6 +532,41 @@ def test_wrong_settings(more, error, says):
 def test_wrong_parts(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+
+def test_chosen_pairs_are_asked_in_their_order():
+    got = Marginals(MIXED, levels=(1,), pairs=[("x", "u"), ["n", "v"], ("u", "v")])
+    assert got.names == ["x/2 x u", "n/2 x v", "u x v"] and got.size == 6 + 4 + 6
+
+
+def test_a_named_category_holds_what_is_missing():
+    schema = Schema({"a": Categorical(["x", "missing"])})
+    df = pd.DataFrame({"a": ["x", None, "x"]})
+    with pytest.raises(ValueError, match="1 missing values.*fillna"):
+        schema.encode(df)
+    assert schema.encode(df.fillna("missing"))[:, 0].tolist() == [0, 1, 0]
+    both = pd.DataFrame([[1, 2]], columns=["a", "a"])
+    with pytest.warns(PrivacyWarning), pytest.raises(ValueError, match="more than once"):
+        Schema.from_data(both)
+
+
+@pytest.mark.parametrize(
+    "more, error, says",
+    [
+        (dict(checkpoint="no/such/folder/s.npz"), FileNotFoundError, "'no/such/folder' does"),
+        (dict(checkpoint="."), ValueError, "checkpoint='.' is a folder"),
+        (dict(checkpoint=3), TypeError, "checkpoint=3: must be the name of a file"),
+        (dict(callback="print"), TypeError, "callback='print': must be callable"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_noise_is_drawn(more, error, says):
+    g, m = G(3), exact_answers(QUERIES["tree"], MIXED.draw(9, np.random.default_rng(0)))
+    before = g.get_state()
+    with pytest.raises(error, match=says):
+        private_gsd(frame(), MIXED, 1.0, **SHORT, generator=g, **more)
+    with pytest.raises(error, match=says):
+        gsd(m, 20, generations=40, generator=g, **more)
+    assert torch.equal(g.get_state(), before)
 
 
 def test_budgets_of_the_other_relation_are_refused():
