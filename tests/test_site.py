@@ -219,6 +219,8 @@ PAPER = notebook(
     md("## Paper\n\nA heading with the name of a function. See `paper`."),
     md("## The idea\n\nBack to [the sample](../core/000_sample.ipynb) and `Process`."),
     code("#| export\ndef paper(): 'The method.'"),
+    code("#| export\ndef _short():\n    return 1"),
+    code("#| export\ndef _long():\n" + "    pass\n" * project_room.LONG),
     code(
         "frame",
         shown(
@@ -511,6 +513,13 @@ def test_api_entry_comes_from_signature_and_comments(sample):
         re.S,
     ), "the source is there, folded"
     assert "import math" not in text(page)
+
+
+def test_long_helpers_are_folded_and_short_ones_stand_open(sample):
+    page = read(sample, "solvers/paper.html")
+    fold = r'<details( open="")? class="code-fold">\s*<summary>Helpers: %s</summary>'
+    assert re.search(fold % "_long", page)[1] is None
+    assert re.search(fold % "_short", page)[1]
 
 
 def test_names_shared_with_headings_and_formulas_in_outputs(sample):

@@ -28,6 +28,7 @@ from diffkit.site.tables import api_index, chapters, claim_html, overview, page_
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 PICTURES = {".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"}
+LONG = 15  # lines of helpers that stand open on a page; longer ones are folded
 LOST = """The page may have moved: a notebook's address is its chapter and its name.
 
 - [The front page](index.ipynb)
@@ -87,9 +88,13 @@ def processors(nb, page: Page, index: Index) -> list:
                     body = ast.parse(cell.source).body
                     if all(isinstance(x, ast.Import | ast.ImportFrom) for x in body):
                         continue
-                    label = "Source of " + ", ".join(e.name for e in es) if es else "Source"
-                    if "code-fold" not in d:
-                        fold = "true" if es else "show"
+                    own = [x.name for x in body if isinstance(x, ast.FunctionDef | ast.ClassDef)]
+                    label = "Helpers: " + ", ".join(own) if own else "Source"
+                    if es:
+                        label = "Source of " + ", ".join(e.name for e in es)
+                    if "code-fold" not in d:  # a method's few lines beside the text stay open
+                        long = len(cell.source.strip().splitlines()) > LONG
+                        fold = "true" if es or long else "show"
                         head = f'#| code-fold: {fold}\n#| code-summary: "{label}"\n'
                         cell.source = head + cell.source.strip()
                     out.append(cell)
