@@ -259,6 +259,16 @@ def _copied(module, grid):  # with the runs of the denoisers in it; itself if no
     return out
 
 
+def _inside(module):  # the denoisers right below it, once each; those in lists and dicts, too
+    found = {}
+    for m in module.children():
+        if isinstance(m, Denoiser):
+            found[m] = None
+        elif isinstance(m, nn.ModuleList | nn.ModuleDict):
+            found |= _inside(m)
+    return found
+
+
 def _finished(module, run):  # the denoisers in it learn of theirs
     for k, m in module._modules.items():
         r = run._modules[k]
@@ -317,16 +327,14 @@ class Denoiser(nn.Module):
         """Forget the history of a trajectory, here and in all wrapped denoisers: for loops of
         your own."""
         self.__dict__.pop("outcome", None)
-        for child in self.children():
-            if isinstance(child, Denoiser):
-                child.start(grid)
+        for child in _inside(self):
+            child.start(grid)
 
     def reindex(self, idx: torch.Tensor) -> None:
         """Follow a resampling of the batch, as solvers do: what a wrapper remembers a sample is
         resampled, too."""
-        for child in self.children():
-            if isinstance(child, Denoiser):
-                child.reindex(idx)
+        for child in _inside(self):
+            child.reindex(idx)
 
 # %% ../../nbs/core/001_denoiser.ipynb #0b463670
 class Wrapped(Denoiser):

@@ -404,7 +404,8 @@ def search_ratios(
 # %% ../../nbs/solvers/204_dc_solver.ipynb #a61f03bb
 def _features(nfe, scale):  # (steps, 36): (n / N)^i (w / 12)^j (N / 50)^k, n counted from 1
     n = torch.arange(1, nfe + 1, dtype=torch.float64) / nfe
-    p = lambda v, k: torch.as_tensor(v).double() ** torch.arange(k, dtype=torch.float64)
+    number = dict(dtype=torch.float64)
+    p = lambda v, k: torch.as_tensor(v, **number) ** torch.arange(k, **number)
     by_step, by_scale, by_count = p(n[:, None], 4), p(scale / 12.0, 3), p(nfe / 50.0, 3)
     return torch.einsum("ni,j,k->nijk", by_step, by_scale, by_count).reshape(nfe, 36)
 

@@ -396,3 +396,52 @@ def test_noise_is_drawn_where_the_generator_is(process):
     again = [torch.Generator().manual_seed(1) for _ in range(2)]
     one, two = process.sample_noise((4, 2), generator=again[0]), process.prior((4, 2), again[1])
     assert torch.allclose(two, process.sigma(1.0).to(one.dtype) * one)
+
+
+class Counts(dk.Wrapped):  # remembers how often each row of the batch was asked for
+    def start(self, grid=None):
+        super().start(grid)
+        self.asked = None
+
+    def forward(self, x, t, **cond):
+        self.asked = torch.arange(len(x)) * 0 + 1 if self.asked is None else self.asked + 1
+        return self.inner(x, t, **cond)
+
+    def reindex(self, idx):
+        super().reindex(idx)
+        self.asked = self.asked[idx]
+
+
+class Many(dk.Denoiser):  # denoisers in whatever container
+    def __init__(self, within, members):
+        super().__init__()
+        self.process, self.within = dk.VP(), within
+        self.members = members  # in a list of its own kind, no modules of this one's
+
+    def forward(self, x, t, **cond):
+        return [m(x, t, **cond) for m in self.members][0]
+
+
+@pytest.mark.parametrize(
+    "within",
+    [
+        nn.ModuleList,
+        lambda ms: nn.ModuleDict({str(i): m for i, m in enumerate(ms)}),
+        lambda ms: nn.ModuleList([nn.ModuleDict({"first": ms[0]}), nn.ModuleList(ms[1:])]),
+        lambda ms: nn.ModuleList([*ms, nn.ModuleList(ms)]),  # each of them twice
+    ],
+    ids=["list", "dict", "nested", "twice"],
+)
+def test_what_is_in_lists_and_dicts_starts_and_is_resampled_once(within):
+    members = [Counts(net()), Counts(net())]
+    d = Many(within(members), tuple(members))
+    outer = Counts(d)  # and from around it
+    for top in (d, outer):
+        top.start(GRID)
+        assert [m.asked for m in members] == [None, None]
+        top(X, 0.9)
+        members[1](X, 0.9)
+        members[1].asked += torch.arange(6)
+        top.reindex(torch.tensor([5, 0, 1, 2, 3, 4]))
+        assert members[0].asked.tolist() == [1] * 6
+        assert members[1].asked.tolist() == [7, 2, 3, 4, 5, 6]

@@ -146,6 +146,33 @@ def test_choices_of_different_size():
     assert net.names(arch)[1] == "wide"
 
 
+def test_no_two_runs_of_training_take_the_same_batches():
+    """The order of the batches in a tuning comes from the seed and the number of decisions before:
+    it is another one in each, and another than in a search of that seed, which is likely to be what
+    trained the net."""
+    x = torch.arange(1.0, 17.0, dtype=torch.float64)[:, None]
+    y, seen = (x[:, 0] > 8).long(), []
+
+    def loss(net, batch):
+        seen.append(batch[0].flatten().tolist())
+        return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+    def runs(seed):  # three tunings and a search, of one epoch of 4 batches each
+        seen.clear()
+        net = Scales([[1.0, 2.0]] * 3, [[0.0, 0.0]] * 3)
+        how = dict(batch_size=4, loss=loss, seed=seed)
+        once = dict(tune_epochs=1, fixed_alpha=True, order=range(3))
+        perturb_select(net, (x, y), (x, y), **once, **how)
+        search(net, (x, y), (x, y), epochs=1, warmup=1.0, **how)
+        assert len(seen) == 16  # alpha rests: one call of loss a step
+        return [sum(seen[i : i + 4], []) for i in range(0, 16, 4)]
+
+    got = runs(0)
+    assert all(sorted(r) == x.flatten().tolist() for r in got)
+    assert len({tuple(r) for r in got}) == 4
+    assert runs(0) == got and all(u != v for u, v in zip(got, runs(5)))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_two_outputs_on_one_edge(seed):
     h = torch.Generator().manual_seed(seed)
@@ -164,6 +191,21 @@ def test_two_outputs_on_one_edge(seed):
     assert spread(theta) <= min(spread(0.0), spread(1.0)) + 1e-12
     # a constant on top of an output changes nothing
     assert skip_conv_optimum(x + 3, o - 1, m)[0] == pytest.approx(theta, abs=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_two_outputs_are_compared_in_double_precision(dtype):
+    "Whatever the type of the feature maps, their values are used as they are, to the bit."
+    h = torch.Generator().manual_seed(0)
+    e1, e2, m = 9 * torch.randn(3, 300, generator=h, dtype=torch.float64)
+    maps = [v.to(dtype) for v in (m + e1 + 500, m + 2 * e2 - 300, m + 100)]
+    got = skip_conv_optimum(*maps)
+    assert got == skip_conv_optimum(*(v.double() for v in maps))
+    x, o, m = (torch.tensor(v.tolist(), dtype=torch.float64) for v in maps)
+    mixed = lambda t: (t * o + (1 - t) * x - m).var().item()
+    assert mixed(got[0]) < min(mixed(got[0] - 1e-4), mixed(got[0] + 1e-4))
+    image = [v.reshape(3, 1, 10, 10) for v in maps]  # the shape doesn't count
+    assert skip_conv_optimum(*image) == got
 
 
 @pytest.mark.parametrize(

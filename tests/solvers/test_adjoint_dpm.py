@@ -383,6 +383,30 @@ def test_half_precision_and_autocast(gradient):
     )
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "exact", "backprop"])
+def test_where_backward_is_called_does_not_matter_under_autocast(gradient):
+    """Within the context or after it: the gradients are equal to the bit, since no cast of a weight
+    is kept from one call of the network to the next; and the network itself, used in that context
+    after a sample was made without gradients, still has its own."""
+    d, x, emb = model().float(), randn(6, 2, grad=False).float(), randn(6, 2, seed=1, grad=False)
+    d.inner.null = d.null = {"emb": torch.zeros(6, 2)}
+    cond, wrt = {"emb": emb.float()}, [x.requires_grad_(), *d.parameters()]
+    go = lambda: adjoint_sample(d, x, time_grid(VP(), 8), cond=cond, gradient=gradient)
+    back = lambda y: torch.autograd.grad(y.square().sum(), wrt)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            go()
+        y = go()
+        inside = back(y)
+        own = torch.autograd.grad(d(x, 0.5, **cond).x0.sum(), wrt)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = go()
+        fresh = d(x, 0.5, **cond).x0.sum()
+    assert torch.equal(y, z) and not torch.equal(y, go())  # the last one is in single precision
+    for u, v in zip((*inside, *own), (*back(z), *torch.autograd.grad(fresh, wrt))):
+        assert torch.equal(u, v) and u.abs().sum() > 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_a_gpu():
     d, x, emb, grid = model(), randn(6, 2), randn(6, 2, seed=1), time_grid(VP(), 10)

@@ -2,6 +2,7 @@
 limits."""
 
 import json
+import math
 import warnings
 
 import pytest
@@ -13,7 +14,15 @@ from diffkit.core.denoiser import Denoiser, MixtureDenoiser, Prediction, cfg, co
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow, time_grid
 from diffkit.core.sampling import DDIM, rms, sample
 from diffkit.solvers.basics import guided_bed, reference_trajectory
-from diffkit.solvers.dc_solver import DCSolver, UniPC, best_ratio, search_ratios, unipc_row
+from diffkit.solvers.dc_solver import (
+    DCSolver,
+    UniPC,
+    best_ratio,
+    cpr_fit,
+    cpr_predict,
+    search_ratios,
+    unipc_row,
+)
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
 from resampled import resampled
 
@@ -341,3 +350,88 @@ def test_the_noise_form_says_where_it_cannot_go():
         UniPC(form="eps").begin(VP(), time_grid(VP(), 4, end=0.0))
     with pytest.raises(ValueError, match="no finite update for step 0"):
         UniPC(form="eps").begin(Flow(), time_grid(Flow(), 4, end=0.1))
+
+
+@pytest.mark.parametrize("corrector", [True, False])
+@pytest.mark.parametrize("axis", ["time", "log_snr"])
+@pytest.mark.parametrize("order, dc_order", [(1, 1), (2, 2), (3, 1), (2, 4)])
+def test_ratios_act_from_the_first_step_with_enough_predictions(order, dc_order, axis, corrector):
+    """Without ratios, or with 1 everywhere, the solver is UniPC; a ratio counts from step dc_order
+    on, where dc_order + 1 predictions are stored, and to the last step."""
+    kw, n = dict(order=order, corrector=corrector), 8
+    go = lambda s: sample(BED, s, X, time_grid(P, n), progress=False)
+    own = dict(dc_order=dc_order, axis=axis, **kw)
+    plain = go(UniPC(**kw))
+    assert torch.equal(go(DCSolver(**own)), plain)
+    for i in range(n):
+        ratios = [1.0] * n
+        assert torch.equal(go(DCSolver(ratios, **own)), plain)
+        ratios[i] = 1.3
+        assert torch.equal(go(DCSolver(ratios, **own)), plain) == (i < dc_order), i
+
+
+@pytest.mark.parametrize("n", [1, 7, 9])
+def test_ratios_belong_to_one_number_of_steps_and_one_grid(n):
+    grid, ratios = time_grid(P, 8), [1.0] * n
+    with pytest.raises(ValueError, match=rf"one number a step \(8\), got {n}: they belong"):
+        DCSolver(ratios).begin(P, grid)
+    tuned = DCSolver().tuned([1.0] * 8, grid)
+    tuned.begin(P, grid)
+    for solver in (tuned, DCSolver(times=time_grid(P, n).tolist())):
+        with pytest.raises(ValueError, match="but grid is .* search again or use cpr_predict"):
+            solver.begin(P, time_grid(P, 8, "log_snr"))
+
+
+def cubic(coef, nfe, scale):
+    """The cascade by loops: a cubic in n / N, its coefficients quadratic in the guidance scale over
+    12, theirs quadratic in N / 50."""
+    total = lambda terms: sum(terms, 0.0)
+    inner = lambda i, j: total(coef[i][j][k] * (nfe / 50) ** k for k in range(3))
+    outer = lambda i: total(inner(i, j) * (scale / 12) ** j for j in range(3))
+    return [total(outer(i) * (n / nfe) ** i for i in range(4)) for n in range(1, nfe + 1)]
+
+
+def test_the_regression_finds_the_coefficients_of_exact_ratios():
+    """To the rounding of double precision, of which the conditioning of the 36 unknowns, 1e5, costs
+    some digits. The first two ratios of a run are not read, and 1."""
+    coef = torch.randn(4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = lambda nfe, scale: cubic(coef.tolist(), nfe, scale)
+    table = {(N, w): exact(N, w) for N in (25, 50, 99) for w in (1.5, 7.0, 12.0)}
+    spoiled = {k: [math.nan, -math.inf, *r[2:]] for k, r in table.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # all coefficients are determined
+        found = cpr_fit(spoiled)
+    torch.testing.assert_close(found, coef, rtol=0, atol=1e-9)
+    for nfe, scale in ((25, 1.5), (75, 3.0), (50, 9.0), (11, 4.0), (40, 9.9)):
+        for c in (coef, coef.float()):
+            got, want = cpr_predict(c, nfe, scale), cubic(c.tolist(), nfe, scale)
+            assert got == pytest.approx([1.0, 1.0, *want[2:]], rel=0, abs=1e-12)
+    assert [cpr_predict(coef, k, 1.5) for k in (1, 2)] == [[1.0], [1.0, 1.0]]
+
+
+def test_the_regression_needs_as_many_ratios_as_coefficients():
+    "35 are refused; 36 are taken, with a warning where they do not determine everything."
+    ones = lambda *settings: {(n, w): [1.0] * n for n, w in settings}
+    rest = [(6, 1.0), (8, 2.0), (10, 3.0), (6, 2.0), (8, 3.0)]  # 28 of them
+    for last, count in ((3, 29), (9, 35)):
+        with pytest.raises(
+            ValueError, match=f"36 coefficients need at least 36 ratios, got {count}"
+        ):
+            cpr_fit(ones(*rest, (last, 1.0)))
+    with pytest.warns(UserWarning, match="does not determine all coefficients"):
+        few = cpr_fit(ones(*rest, (10, 1.0)))
+    runs = ones(*[(n, w) for n in (25, 50) for w in (1.0, 2.0, 3.0)], (6, 2.0), (6, 3.0))
+    with pytest.warns(UserWarning, match="does not determine all coefficients"):
+        cpr_fit({**runs, **ones((5, 1.0))})  # one less than the four that a cubic needs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cpr_fit({**runs, **ones((6, 1.0))})
+    for n, w in rest:
+        assert cpr_predict(few, n, w) == pytest.approx([1.0] * n, rel=0, abs=1e-9)
+    with pytest.raises(ValueError, match=r"table\[6, ...\] must have 6 ratios, got 5"):
+        cpr_fit({**ones(*rest), (6, 1.0): [1.0] * 5})
+    for lack in ([(9, 1.0), (9, 2.0), (9, 3.0)] * 2, [(9, 1.0), (10, 2.0), (11, 1.0)]):
+        with pytest.raises(ValueError, match="at least 3 numbers of steps and 3 guidance scales"):
+            cpr_fit(ones(*lack))
+    with pytest.raises(ValueError, match=r"coef must have shape \(4, 3, 3\), got \(36,\)"):
+        cpr_predict(few.flatten(), 8, 1.0)

@@ -179,6 +179,33 @@ def test_closed_form_of_two_nodes_in_log_rho():
     )
 
 
+@pytest.mark.parametrize("form", ["eps", "x0"])
+@pytest.mark.parametrize(
+    "lams",
+    [
+        (59.0, 58.0, 61.5),
+        (60.0, 58.0, 62.0),
+        (63.0, 61.0, 64.0),
+        (-58.5, -59.5, 59.5),
+        (-61.0, -63.0, -58.0),
+        (-64.0, -65.0, -63.0),
+    ],
+)
+def test_the_closed_form_holds_at_any_log_snr(lams, form):
+    """All in one call and each alone: two nodes, the clock log rho, and steps that begin or end
+    beyond log_snr 60 in size, where exp is still far from its limits."""
+    sign = 1 if form == "x0" else -1  # then q is exp(sign log_snr)
+    node = lambda v: Node(v, torch.sigmoid(2 * v).sqrt(), torch.sigmoid(-2 * v).sqrt(), v)
+    for at in (lams, (lams, (1.0, 0.5, 1.5))):
+        at = torch.tensor(at, dtype=torch.float64)
+        u, v, end = sign * at[..., 0], sign * at[..., 1], sign * at[..., 2]
+        G = lambda r, l0, l1: r.exp() * (r - l1 - 1) / (l0 - l1)
+        want = torch.stack([G(end, u, v) - G(u, u, v), G(end, v, u) - G(u, v, u)], -1)
+        a, b, s = map(node, at.unbind(-1))
+        got = lagrange_integrals(VP(), [a, b], s, "log_rho", form)
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+
+
 def test_equal_steps_in_rho_are_adams_bashforth():
     p = EDM()
     grid = p.time(-torch.linspace(8.0, 1.0, 8, dtype=torch.float64).log())

@@ -108,6 +108,58 @@ def test_tolerance_stops_and_patience_doubles_the_batch():
     assert seen[0] == 64 and seen[-1] == 512 and sorted(set(seen)) == [64, 128, 256, 512]
 
 
+@pytest.mark.parametrize("patience", [1, 4, 7, None])
+@pytest.mark.parametrize("lr", [0.01, 0.003])
+def test_every_step_that_is_not_better_counts_for_patience(lr, patience):
+    """All source points lie in one cell and stay there, so that the masses' error never changes: an
+    equal norm is no better one. The first step is the best so far; `patience` steps later the batch
+    doubles and lr falls, three times. h follows by hand: Adam without bias correction on a constant
+    gradient."""
+    seen, iters = [], 30
+
+    def source(n, g):
+        seen.append(n)
+        return torch.ones(n, 1, dtype=torch.float64)
+
+    y = torch.tensor([[0.0], [100.0]], dtype=torch.float64)
+    o = SemiDiscreteOT(y, source=source)
+    o.fit(iters, 4, lr=lr, average=False, patience=patience)
+    h, drops = 0.0, []
+    for k in range(1, iters + 1):
+        drops.append(min(max(k - 2, 0) // patience, 3) if patience else 0)
+        first, second = (1 - 0.9**k) / 2, (1 - 0.999**k) / 4
+        h += lr * 0.8 ** drops[-1] * first / (second**0.5 + 1e-8)
+    assert seen == [4 * 2**d for d in drops]  # one batch a step
+    assert o.norms == pytest.approx([0.5**0.5] * iters, rel=1e-15)
+    assert_close(o.h, torch.tensor([h, -h], dtype=torch.float64), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("n", [1, 6, 7, 20])
+def test_masses_and_cost_are_those_of_n_points_in_blocks(monkeypatch, n):
+    "What is drawn is n points, at most 7 at a time, and every one counts once."
+    drawn = []
+
+    def source(n, g):
+        drawn.append(torch.randn(n, 2, generator=g, dtype=torch.float64))
+        return drawn[-1]
+
+    w = torch.arange(1, 9, dtype=torch.float64) / 36
+    o = SemiDiscreteOT(Y, w, source=source)
+    o.h.copy_(torch.randn(8, generator=gen(5), dtype=torch.float64))
+    monkeypatch.setattr(dpm_ot, "_ELEMENTS", 14)  # 7 rows of 2 numbers
+    mass, (paid, offer) = o.cell_mass(n, gen(1)), o.cost(n, gen(1))
+    sizes = [min(7, n - i) for i in range(0, n, 7)]
+    assert [len(x) for x in drawn] == 2 * sizes
+    x = torch.cat(drawn[: len(sizes)])
+    value, cell = (x @ Y.T + o.h).max(1)
+    assert_close(mass, torch.tensor([(cell == i).sum() / n for i in range(8)]).double())
+    assert paid == pytest.approx((x - Y[cell]).square().sum(1).mean().item(), rel=1e-12)
+    # the dual: mean of min_i |x - y_i|^2 - g_i, and the weighted mean of g
+    g = 2 * o.h + Y.square().sum(1)
+    dual = (torch.cdist(x, Y).square() - g).amin(1).mean() + (w * g).sum()
+    assert offer == pytest.approx(dual.item(), rel=1e-12)
+
+
 def test_blocks_change_nothing(monkeypatch):
     y, x = torch.randn(70, 5, generator=gen(0)), torch.randn(333, 5, generator=gen(1))
     o = SemiDiscreteOT(y).fit(20, 256, generator=gen(2))
@@ -215,6 +267,9 @@ def test_images_keep_their_shape():
         (lambda: SemiDiscreteOT(torch.tensor([[1.0], [1.0], [2.0]])), ValueError, "1 duplicates"),
         (lambda: SemiDiscreteOT(Y, torch.tensor([1.0])), ValueError, r"\(1,\)"),
         (lambda: SemiDiscreteOT(Y[:2], torch.tensor([1.5, -0.5])), ValueError, "-0.5"),
+        (lambda: SemiDiscreteOT(Y[:2], torch.tensor([0.5, 0.6])), ValueError, "sum 1.1$"),
+        (lambda: SemiDiscreteOT(Y[:2], torch.tensor([0.5, 0.4])), ValueError, "sum 0.9$"),
+        (lambda: SemiDiscreteOT(Y[:2], torch.tensor([1.0, 0.0])), ValueError, "smallest 0, sum 1$"),
         (lambda: SemiDiscreteOT(Y, source="gauss"), ValueError, "'gauss'"),
         (
             lambda: SemiDiscreteOT(Y, source=lambda n, g: torch.randn(n, 3)).fit(2, 8),

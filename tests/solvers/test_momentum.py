@@ -12,7 +12,7 @@ from diffkit.core.process import VP, Flow, time_grid
 from diffkit.core.sampling import rms, sample
 from diffkit.solvers.basics import stability_interval
 from diffkit.solvers.dpm_solver_pp import DPMSolverPP
-from diffkit.solvers.momentum import GHVB, HeavyBall, ghvb_coefficients, recursion
+from diffkit.solvers.momentum import GHVB, HeavyBall, ghvb_coefficients, magnitude_score, recursion
 from diffkit.solvers.pndm import PLMS, ab_coefficients
 
 X = torch.randn(16, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -159,3 +159,47 @@ def test_weights_of_every_order_meet_their_conditions_exactly(beta):
             size = sum(abs(v) * j**k for j, v in enumerate(w)) + 1
             assert abs(got - moment) <= size * Fraction(2) ** -52, (order, k)  # rounding of w only
     assert ghvb_coefficients(8, 1.0) == ab_coefficients(8)
+
+
+@pytest.mark.parametrize("side", [(6, 9), (9, 6), (4, 4), (3, 8)])
+@pytest.mark.parametrize("kernel", [1, 2, 3])
+@pytest.mark.parametrize("threshold", [0.0, 1.5, 3.0])
+def test_the_magnitude_score_by_loops(side, kernel, threshold):
+    """The largest deviation of each whole block, over its pixels and channels; those below the
+    threshold count as 0; the mean over blocks. Rows and columns that fill no block are left out."""
+    x = 2 * torch.randn(
+        3, 2, *side, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    H, W = (v // kernel * kernel for v in side)
+    for mean, std in ((0.3, 1.5), (torch.tensor([0.5, -1.0]), torch.tensor([1.0, 2.0]))):
+        m, s = (torch.as_tensor(v, dtype=torch.float64).expand(2) for v in (mean, std))
+        want = []
+        for image in x:
+            blocks = [
+                max(
+                    abs(image[c, i + di, j + dj].item() - m[c].item()) / s[c].item()
+                    for c in range(2)
+                    for di in range(kernel)
+                    for dj in range(kernel)
+                )
+                for i in range(0, H, kernel)
+                for j in range(0, W, kernel)
+            ]
+            want.append(sum(v for v in blocks if v >= threshold) / len(blocks))
+        got = magnitude_score(x, mean, std, kernel, threshold)
+        torch.testing.assert_close(got, torch.tensor(want, dtype=torch.float64))
+
+
+def test_the_magnitude_score_at_its_edges():
+    "A block at the threshold counts; the defaults are blocks of 4 and a threshold of 3."
+    x = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    x[0, 0, 3, 4], x[0, 0, 5, 5], x[0, 0, 0, 0] = 3.0, -7.0, 2.9
+    assert magnitude_score(x, 0.0, 1.0).item() == (3.0 + 7.0) / 4
+    assert magnitude_score(x.float(), 0.0, 1.0).dtype == torch.float32
+    for side in ((4, 9), (9, 4)):
+        y = torch.full((2, 3, *side), 5.0, dtype=torch.float64)
+        assert magnitude_score(y, 0.0, 1.0).tolist() == [5.0, 5.0]
+        with pytest.raises(ValueError, match="at most the image's side 4, got 5"):
+            magnitude_score(y, 0.0, 1.0, kernel=5)
+    with pytest.raises(ValueError, match=r"\(B, C, H, W\), got \(3, 8, 8\)"):
+        magnitude_score(torch.zeros(3, 8, 8), 0.0, 1.0)

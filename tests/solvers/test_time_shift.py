@@ -257,3 +257,100 @@ def test_the_search_over_steps_wants_a_number_of_steps(n_train):
     ):
         with pytest.raises(ValueError, match="n_train must be a whole number from 1 on"):
             make()
+
+
+def noisy_var(process, tau, v0):  # of data whose pixels have the variance v0
+    return process.sigma(tau).square() + process.alpha(tau).square() * v0
+
+
+def states(var):
+    "One state for each variance over its pixels, whatever their mean."
+    z = torch.randn(len(var), 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    z = (z - z.mean(1, keepdim=True)) / z.std(1, keepdim=True)
+    return z * var.sqrt()[:, None] + torch.linspace(-2, 2, len(var), dtype=torch.float64)[:, None]
+
+
+V0 = torch.linspace(0.05, 0.5, 12, dtype=torch.float64)
+KNOWN = {  # how the variance of clean data may be given, and what it is for each of 12 samples
+    "paper": ({}, 0 * V0),
+    "number": (dict(data_var=0.3), 0 * V0 + 0.3),
+    "each": (dict(data_var=V0), V0),
+    "predicted": (dict(x0=states(V0).flip(1)), V0),
+}
+
+
+@pytest.mark.parametrize("process", [VP(), Cosine(), Discrete(), Flow(), EDM()], ids=repr)
+@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("n_train, window", [(1000, 0.04), (1000, 0.0), (40, 0.3), (7, 0.5)])
+def test_the_search_over_training_steps_by_loops(process, known, n_train, window):
+    """The step within half a window of t, both ends included and cut off at 1 and n_train, whose
+    noisy data have the variance nearest to the state's."""
+    kw, v0 = KNOWN[known]
+    half = int(window / 2 * n_train + 1e-9)
+    for middle in (1, n_train // 2, n_train - 3, n_train):
+        spread = torch.linspace(-1.3, 1.3, len(v0), dtype=torch.float64) * window / 2
+        aim = (middle / n_train + spread).clamp(0.3 / n_train, 1)  # some beyond the window
+        var = noisy_var(process, aim, v0)
+
+        def nearest(v, w, middle=middle):
+            steps = range(max(middle - half, 1), min(middle + half, n_train) + 1)
+            all_vars = noisy_var(process, torch.tensor(steps, dtype=torch.float64) / n_train, w)
+            return min(zip((all_vars - v).abs().tolist(), steps))[1] / n_train
+
+        args = states(var), middle / n_train, process, window
+        got = coupled_time(*args, n_train=n_train, **kw)
+        assert got.tolist() == pytest.approx([nearest(v, w) for v, w in zip(var, v0)], rel=1e-12)
+        one = coupled_time(*args, n_train=n_train, reduce="batch", **kw)
+        assert one.shape == () and one.item() == pytest.approx(nearest(var.mean(), v0.mean()))
+
+
+@pytest.mark.parametrize("process", [VP(), VE(), Flow(), EDM()], ids=repr)
+@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("window", [0.01, 0.04, 0.2])
+def test_the_coupled_time_is_the_root_in_all_parts_of_the_window(process, known, window):
+    """From the first cell of 256 to the last; the window's own ends where the root lies beyond;
+    the ends of the process where they cut the window. In a cell of width h a secant of the variance
+    f misses its root by h^2 |f'' / f'| / 8 at most, and |f'' / f'| is below 25 here."""
+    kw, v0 = KNOWN[known]
+    for t in (0.5, 0.7, 0.995):
+        lo = max(t - window / 2, process.t_min)
+        hi = min(t + window / 2, max(process.t_max, t))
+        cell = (hi - lo) / 256
+        inside = [0.3, 0.7, 1.4, 100.2, 128.5, 254.6, 255.1, 255.4, 255.6, 255.9]
+        aim = lo + torch.tensor([-3.0, *inside, 259.0], dtype=torch.float64) * cell
+        want = aim.clamp(lo, hi)
+        var = noisy_var(process, aim.clamp(max=1.0), v0)
+        var[-1] += 1e-3  # beyond the end of the process, too
+        error = coupled_time(states(var), t, process, window, **kw) - want
+        assert error.abs().max() <= 25 * cell**2 / 8 + 1e-12
+        # one time for all: that of the mean variances
+        for k in inside:
+            tau = torch.tensor(lo + k * cell, dtype=torch.float64)
+            spread = torch.linspace(0.5, 1.5, 12, dtype=torch.float64)  # of mean 1
+            x = states(noisy_var(process, tau, v0.mean()) * spread)
+            one = coupled_time(x, t, process, window, reduce="batch", **kw)
+            assert one.shape == () and abs(one - tau) <= 25 * cell**2 / 8 + 1e-12
+
+
+@pytest.mark.parametrize("process", [VP(), Discrete(), Flow()], ids=repr)
+@pytest.mark.parametrize("data_var", [0.1, 0.36, 0.6])
+def test_official_with_data_of_their_own_variance(process, data_var):
+    "The published loop on any process: DDIM whose targets from the second on are searched."
+    d, T, w, cut = MixtureDenoiser(MIX, process), 100, 10, 20
+    steps = [95, 80, 65, 50, 35, 25, 20, 10, 1]
+    x = X * float(process.sigma(0.95))
+    y, moved = x, []
+    for n, (i, j) in enumerate(zip(steps, steps[1:])):
+        target = torch.full((len(y),), j, dtype=torch.float64)
+        if n > 0 and j > cut:
+            near = torch.arange(j - w // 2, j + w // 2 + 1, dtype=torch.float64)
+            gap = noisy_var(process, near / T, data_var) - y.var(1, keepdim=True)
+            target = near[gap.abs().argmin(1)]
+        p, u = d(y, i / T), target[:, None] / T
+        y = process.alpha(u) * p.x0 + process.sigma(u) * p.eps
+        moved.append((target - j) / T)
+    s = TimeShift(window=w / T, cutoff=cut / T, mode="official", data_var=data_var, n_train=T)
+    got = sample(d, s, x, torch.tensor(steps, dtype=torch.float64) / T, progress=False)
+    torch.testing.assert_close(s.shifts, torch.stack(moved), rtol=0, atol=1e-12)
+    torch.testing.assert_close(got, y, rtol=1e-10, atol=1e-10)
+    assert (s.shifts != 0).any()
