@@ -327,6 +327,8 @@ def fit_moment(
             f"mu cannot be reached: entries {outside.nonzero()[:, 0].tolist()} lie outside of the"
             " range of the pool's statistics"
         )
+    if simplex:  # exactly: the rounding of the sums is no statistic of its own
+        g, m = g - total[:, None] / g.shape[1], m - m.mean()
     beta = g.new_zeros(g.shape[1])
     if method == "paper":
         beta.requires_grad_()

@@ -198,6 +198,31 @@ def test_extremes():
     assert [bool(h[2].all()) for h in g.history] == [float(h[0]) > 0.5 - 1 / 12 for h in g.history]
 
 
+@pytest.mark.parametrize("batched", [True, False])
+def test_one_call_a_step_while_all_are_guided(batched):
+    """One doubled call (or two) while nobody has left, two while some have, one afterwards; an
+    own bad denoiser is called by itself."""
+    calls = []
+    d = NetDenoiser(
+        lambda x, t, label: calls.append(len(x)) or torch.sin(3 * x + label[:, None]),
+        VP(),
+        "v",
+        null={"label": 0},
+    )
+    together = [16] if batched else [8, 8]
+    for bad, all_on in ((None, together), (d, [8, 8])):
+        g = adaptive_cfg(d, 4.0, 0.4, bad=bad, batched=batched)
+        phases = set()
+        for i, t in enumerate(time_grid(VP(), 12).tolist()[:-1]):
+            calls.clear()
+            g(randn(8, 2, seed=i), t, label=torch.arange(8))
+            on = int(g.history[-1][2].sum())
+            assert calls == ([8] if on == 0 else all_on if on == 8 else [8, on])
+            phases.add("all" if on == 8 else "some" if on else "none")
+        # a bad denoiser that is the good one: all leave at once
+        assert phases == ({"all", "some", "none"} if bad is None else {"all", "none"})
+
+
 def test_after_per_time():
     "At times above 1 - after nobody leaves, whatever the cosine."
     g = adaptive_cfg(net(), 4.0, -1.0, after=0.5)
@@ -688,3 +713,44 @@ def test_linear_ag_nested_batched_or_not():
         run(cfg(fitted, 2.0, batched=True), None, None, torch.arange(8) + 1, grid),
         run(cfg(fitted, 2.0, batched=False), None, None, torch.arange(8) + 1, grid),
     )
+
+
+@pytest.mark.parametrize("history", [1, 2, 3, None])
+def test_a_linear_step_is_the_combination_of_its_past(history):
+    """eps_u - eps_c = a eps_c + sum of b_k eps_c + c_k eps_u, k times ago; what was guessed is
+    the past of the next guess."""
+    d, grid, y, w = net(), [0.9, 0.7, 0.5, 0.3, 0.1, 0.05], torch.arange(4) + 1, 3.0
+    g = LinearAG(d, w, ["cfg", "cfg", "cfg", "linear", "linear"], history=history)
+    back = lambda i: min(i, history or i)
+    numbers = {i: randn(1 + 2 * back(i), seed=10 + i).tolist() for i in (3, 4)}
+    g.coefficients = {grid[i]: numbers[i] for i in numbers}
+    g.start(torch.tensor(grid, dtype=F64))
+    c, u = [], []
+    for i, t in enumerate(grid[:-1]):
+        x = randn(4, 2, seed=i)
+        out = g(x, t, label=y).eps
+        c.append(d(x, t, label=y).eps)
+        if i < 3:
+            u.append(d(x, t, label=torch.zeros(4)).eps)
+        else:
+            a, *b = numbers[i]
+            guess = (1 + a) * c[i]
+            for k in range(1, back(i) + 1):
+                guess = guess + b[2 * k - 2] * c[i - k] + b[2 * k - 1] * u[i - k]
+            u.append(guess)
+        assert_close(out, w * c[i] + (1 - w) * u[i], rtol=1e-9, atol=1e-9)
+
+
+def test_weights_of_times_that_were_not_fitted():
+    "A time is the fitted one up to rounding; with none at all the message is the same."
+    g = LinearAG(net(), 3.0)
+    with pytest.raises(ValueError, match="no coefficients for t=0.5: fit it"):
+        g.weights("linear", 0.5)
+    assert g.weights("hold", 0.5) == (0.0, -1.0, 1.0)  # eps_u - eps_c of the time before
+    g.coefficients = {0.7: [1.0, 2.0, 3.0], 0.5: [4.0, 5.0, 6.0]}
+    for t, want in ((0.7, [1.0, 2.0, 3.0]), (0.5, [4.0, 5.0, 6.0])):
+        for shift in (-5e-7, 0.0, 5e-7):
+            assert g.weights("linear", t + shift) == want
+        for shift in (-1e-5, 1e-5):
+            with pytest.raises(ValueError, match="no coefficients for t="):
+                g.weights("linear", t + shift)

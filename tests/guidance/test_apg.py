@@ -136,6 +136,30 @@ def test_project(shape, seed, a, b):
     assert (par.flatten(1).norm(dim=1) <= d.flatten(1).norm(dim=1) * (1 + 1e-12)).all()
 
 
+@pytest.mark.parametrize(
+    "back,front", [(-1, 2), ((-1,), (2,)), ((-2, -1), (1, 2)), ((1, -1), None)]
+)
+def test_dimensions_may_be_counted_from_the_end(back, front):
+    d, onto = randn(3, 4, 5), randn(3, 4, 5, seed=1)
+    for part, same in zip(project(d, onto, back), project(d, onto, front)):
+        assert torch.equal(part, same)
+    assert torch.equal(clip_norm(d, 0.5, back), clip_norm(d, 0.5, front))
+    assert torch.equal(
+        APG(0.3, 0.5, dims=back)(d, onto, 0.5), APG(0.3, 0.5, dims=front)(d, onto, 0.5)
+    )
+
+
+@pytest.mark.parametrize("dims", [-3, -4, 0, 3, (1, -3), (-1, 3), ()])
+def test_dimensions_outside_of_a_sample_are_refused(dims):
+    "-3 is the batch of three dimensions, -4 and 3 lie outside on either side."
+    for f in (
+        lambda: project(randn(3, 4, 5), randn(3, 4, 5), dims),
+        lambda: clip_norm(randn(3, 4, 5), 1.0, dims),
+    ):
+        with pytest.raises(ValueError, match=r"dimensions of a sample, 1\.\.2 .*shape \(3, 4, 5\)"):
+            f()
+
+
 @settings(max_examples=60, deadline=None)
 @given(shapes, st.integers(0, 10**6), st.floats(-3, 3))
 def test_clip(shape, seed, a):
@@ -269,6 +293,25 @@ def test_nested_memory_is_that_of_separate_trajectories():
     assert len(inner.memories) <= 4
 
 
+def test_conditions_that_are_no_tensors_have_trajectories_of_their_own():
+    "Equal numbers are one condition, also as other objects; a number is never a tensor."
+    d = NetDenoiser(
+        lambda x, t, label, k=1.0: torch.sin(k * x + label[:, None]), VP(), "v", null={"label": 0}
+    )
+    make = lambda: apg(d, 4.0, 0.0, None, -0.5)
+    conds = {
+        "low": lambda: float("1.5"),
+        "high": lambda: float("2.5"),
+        "rows": lambda: torch.tensor([[1.5], [2.0], [2.5], [3.0]], dtype=F64),
+    }
+    inner, alone, x, y = make(), {k: make() for k in conds}, randn(4, 2), torch.arange(4) + 1
+    for t in (0.9, 0.7, 0.5):
+        for name, k in conds.items():
+            out = inner(x, t, label=y, k=k()).x0
+            assert_close(out, alone[name](x, t, label=y, k=k()).x0, rtol=0, atol=0)
+    assert len(inner.memories) == 3 and all(len(a.memories) == 1 for a in alone.values())
+
+
 def test_start_reaches_the_memory_through_wrappers_and_nothing_is_saved():
     inner = apg(net(), 4.0, 0.0, None, -0.5)
     outer, x = cfg(inner, 2.0), randn(4, 2)
@@ -369,6 +412,24 @@ def test_update_norms():
         dims=2,
     )
     assert frames.delta.shape == (6, 5)
+
+
+def test_norms_of_an_unknown_space_are_refused_before_any_evaluation():
+    d = net()
+    with count_evals(d) as n, pytest.raises(ValueError, match="space must be one of .*'pixels'"):
+        update_norms(d, randn(4, 2), time_grid(VP(), 3), {"label": torch.arange(4)}, space="pixels")
+    assert n.calls == 0
+    sizes = {}
+    for space in ("x0", "eps", "v"):
+        found = update_norms(
+            d, randn(4, 2), time_grid(VP(), 3), {"label": torch.arange(4)}, space=space
+        )
+        c, u = (
+            d(randn(4, 2), found.t[0].item(), label=k) for k in (torch.arange(4), torch.zeros(4))
+        )
+        sizes[space] = (c.get(space) - u.get(space)).norm(dim=1)
+        assert_close(found.delta[0], sizes[space], rtol=1e-9, atol=1e-9)
+    assert (sizes["x0"] - sizes["eps"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,32 @@ def test_batched_is_sequential(batch, solver):
     assert len(calls) == -(-10 // batch) and sum(calls) == 60
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_conditions_of_any_shape_keep_their_rows_in_a_batch(batch):
+    "Numbers, vectors, matrices and nested ones, another for each image: as one step at a time."
+
+    def net(x, t, label, text, more, gain):
+        away = text.mean(1) + more["map"].sum((1, 2))[:, None] * more["flags"][:, None]
+        return torch.sin(gain * x + label[:, None] + away[:, :2]) + t[:, None].to(x)
+
+    d, x, grid = NetDenoiser(net, VP(), "v"), randn(6, 2), time_grid(VP(), 8)
+    cond = {
+        "label": randn(6, seed=1),
+        "text": randn(6, 5, 3, seed=2),
+        "more": {"map": randn(6, 1, 4, seed=3), "flags": randn(6, seed=4)},
+        "gain": 2.0,
+    }
+    one, many = (invert(d, x, grid, None, cond, batch=b, generator=gen()) for b in (None, batch))
+    assert_close(many.z, one.z, rtol=1e-8, atol=1e-8)
+    # row by row: nothing of another image
+    for i in (0, 5):
+        own = {k: v[i : i + 1] for k, v in cond.items() if k in ("label", "text")}
+        own |= {"more": {k: v[i : i + 1] for k, v in cond["more"].items()}, "gain": 2.0}
+        eps = torch.stack([(y - VP().alpha(t) * x) / VP().sigma(t) for y, t in zip(one.x, grid)])
+        alone = invert(d, x[i : i + 1], grid, None, own, batch=batch, eps=eps[:-1, i : i + 1])
+        assert_close(alone.z, one.z[:, i : i + 1], rtol=1e-7, atol=1e-7)
+
+
 def test_under_guidance_and_inside_other_guidance():
     x, grid = randn(6, 2), time_grid(VP(), 12)
     for make in (

@@ -1,12 +1,16 @@
 """Guidance in the pipelines of today: joint attention, flows, video, modular pipelines, networks
 that put out a variance, on small random models. The truth is the pipeline itself, or the same
-guidance in a pipeline of another form."""
+guidance in a pipeline of another form. And the family of tokens, against sums over all
+sequences."""
+
+from itertools import product
 
 import pytest
 import torch
 from diffkit import adaptive_cfg, apg, cfg, pag, perturb_attention
 from diffkit.core.adapters import guide_pipeline, random_pipeline
 from diffkit.core.denoiser import CFG, Prediction
+from diffkit.guidance.basics import MaskedDenoiser, MaskedProcess, TableDenoiser
 from torch.testing import assert_close
 
 df = pytest.importorskip("diffusers")
@@ -227,3 +231,87 @@ def test_modular_pipelines(guidance):
         got = run()
     with guide_pipeline(pipe, guidance):
         assert_close(got, classic(), **TOL)
+
+
+# ---- masked tokens ----
+
+
+def test_a_vocabulary_has_at_least_two_tokens():
+    assert [(MaskedProcess(v).vocab, MaskedProcess(v).mask) for v in (2, 3)] == [(2, 2), (3, 3)]
+    for bad in (1, 0, -3, True, 2.0, "3", None):
+        with pytest.raises(
+            ValueError, match=f"vocab must be an integer of at least 2, got {bad!r}"
+        ):
+            MaskedProcess(bad)
+
+
+def table(V, L):  # a joint distribution in which some sequences are impossible
+    p = torch.rand((V,) * L, generator=seed(), dtype=torch.float64)
+    p = torch.where(p < 0.4, 0.0, p)
+    return p / p.sum()
+
+
+@pytest.mark.parametrize("V,L", [(2, 1), (2, 3), (3, 2), (3, 3)])
+def test_a_tables_predictions_are_sums_over_its_sequences(V, L):
+    "For all states: visible tokens are certain, and where no sequence fits it is said."
+    joint, impossible = table(V, L), 0
+    d = TableDenoiser(joint)
+    for x in product(range(V + 1), repeat=L):
+        want = torch.zeros(L, V, dtype=torch.float64)
+        for state in product(range(V), repeat=L):
+            if all(a in (V, b) for a, b in zip(x, state)):
+                for i, b in enumerate(state):
+                    want[i, b] += joint[state]
+        rows = torch.tensor([x, [V] * L])  # beside a row in which everything is possible
+        if want.sum() > 0:
+            got = d(rows, 0.5).probs
+            assert_close(got[0], want / want.sum(1, keepdim=True))
+            assert_close(got.sum(-1), torch.ones(2, L, dtype=torch.float64))
+        else:
+            impossible += 1
+            with pytest.raises(ValueError, match="to which the table gives probability 0"):
+                d(rows, 0.5)
+    assert impossible == 0 if L == 1 else impossible > 0
+
+
+@pytest.mark.parametrize(
+    "joint,says",
+    [
+        ([[0.5, 0.5], [0.5, -0.5]], "probability table, got a sum of 1"),
+        ([[0.5, 0.5], [0.5, 0.5]], "probability table, got a sum of 2"),
+        ([0.5, 0.4], "probability table, got a sum of 0.9"),
+        ([0.5, 0.500002], "probability table, got a sum of 1"),
+        ([float("nan"), 1.0], "probability table"),
+        ([[0.2, 0.2, 0.1], [0.2, 0.2, 0.1]], r"one length V, got shape \(2, 3\)"),
+        (1.0, r"got shape \(\)"),
+        ([1.0], "vocab must be an integer of at least 2, got 1"),
+    ],
+)
+def test_what_is_no_table_of_probabilities_is_refused(joint, says):
+    with pytest.raises(ValueError, match=says):
+        TableDenoiser(torch.tensor(joint, dtype=torch.float64))
+
+
+def test_a_table_may_be_off_by_rounding():
+    assert TableDenoiser(torch.tensor([0.5, 0.5000005], dtype=torch.float64)).length == 1
+
+
+@pytest.mark.parametrize("t", [None, 1.0, 0.3, 0.0015, 0.001, 0.0])
+def test_the_loss_of_masked_tokens_by_hand(t):
+    """1/t times the cross-entropy of the masked tokens, by the same draws; at times below 0.001
+    it is that of 0.001, and without times they are spread evenly."""
+    B, L, V = 4, 3000, 3
+    logits = torch.randn(V + 1, V, generator=seed(), dtype=torch.float64)
+    d, g = MaskedDenoiser(lambda x: logits[x], MaskedProcess(V)), seed()
+    x0 = torch.randint(0, V, (B, L), generator=torch.Generator().manual_seed(1))
+    times = None if t is None else torch.full((B,), t, dtype=torch.float64)
+    got = d.loss(x0, times, seed())
+    if t is None:
+        times = (torch.arange(B) + torch.rand(B, generator=g)) / B
+    floor = times.double().clamp(min=0.001)
+    hidden = torch.rand(B, L, generator=g, dtype=torch.float64) < floor[:, None]
+    cost = -logits[V].log_softmax(0)[x0]
+    want = [(cost[i][hidden[i]].sum() / floor[i]).item() for i in range(B)]
+    assert hidden.any()
+    # times that the loss draws are of single precision
+    assert got.item() == pytest.approx(sum(want) / B, rel=1e-9 if t is not None else 1e-5)

@@ -659,6 +659,32 @@ def test_bad_arguments(make, match):
         make()
 
 
+@pytest.mark.parametrize("resample", ["systematic", "multinomial", "birth_death", None])
+@pytest.mark.parametrize("level", [-math.inf, math.inf, math.nan])
+def test_weights_that_are_not_finite_are_refused_with_their_group(resample, level):
+    """A particle of weight 0 is legal, and has no descendants, as long as its group has another;
+    one of infinite weight, or of none, never is."""
+    grid = torch.tensor([0.9, 0.5, 0.1], dtype=F64)
+
+    def step(bad):  # one step of three groups of four; the bad rows have a reward of `level`
+        offset = torch.zeros(12, dtype=F64)
+        offset[bad] = level
+        s = FKC(resample=resample, ess=1.0, groups=3).begin(VP(), grid, gen())
+        return s, s.step(tilt(exact(), lambda x: 0 * x.sum(1) + offset), randn(12, 2), 0.9, 0.5)
+
+    says = "weights of group 1 are not finite at step 0, t=0.9"
+    with pytest.raises(FloatingPointError, match=says):
+        step([4, 5, 6, 7])
+    if level != -math.inf:
+        with pytest.raises(FloatingPointError, match=says):
+            step([5])
+    elif resample != "birth_death":
+        s, y = step([5, 6])
+        assert torch.isfinite(y).all() and s.ess_history[0].tolist() == pytest.approx([4, 2, 4])
+        if resample:
+            assert not {5, 6} & set(s.ancestors.tolist())
+
+
 def test_bad_runs():
     y = torch.arange(12) % 3
     for den in (exact(), apg(exact(), 3.0), cfg(exact(), 1.0)):

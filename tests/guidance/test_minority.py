@@ -156,6 +156,14 @@ def test_score_of_given_noise_by_hand(process, batch):
     assert_close(one, x[:, 0] - d(state, 0.3).x0[:, 0])  # clean first, then denoised
 
 
+def test_score_at_the_latest_time():
+    "At t = 1, which is allowed, VP has all but forgotten the sample: the guess is the mean."
+    x = MIX.sample(40, gen(2))[0]
+    got = minority_score(MixtureDenoiser(MIX, VP()), x, 1, 4, generator=gen(1))
+    mean = MIX.weights @ MIX.means
+    assert_close(got, (x - mean).square().sum(1), rtol=0.05, atol=0.05)
+
+
 def test_score_of_drawn_noise_is_that_of_the_same_draws():
     d, x, g = MixtureDenoiser(MIX, VP()), MIX.sample(7, gen(2))[0], gen(5)
     noise = torch.stack([torch.randn(7, 2, generator=g, dtype=x.dtype) for _ in range(16)])
@@ -258,6 +266,19 @@ def test_training_is_reproducible_and_leaves_the_data_alone():
 D, CLF = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP())
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_levels_count_from_both_ends(scale):
+    "Three bins are 0, 1, 2 or -3, -2, -1, for all samples or each of its own."
+    x = randn(6, 2)
+    go = lambda level: minority(D, CLF, level, scale)(x, 0.5).x0
+    for k in (0, 1, 2):
+        assert torch.equal(go(k - 3), go(k))
+    each = torch.tensor([-3, 0, -2, 1, -1, 2])
+    assert torch.equal(go(each), go(torch.tensor([0, 0, 1, 1, 2, 2])))
+    assert_close(go(each), torch.stack([go(k)[i] for i, k in enumerate([0, 0, 1, 1, 2, 2])]))
+    assert torch.equal(minority(D, CLF, scale=scale)(x, 0.5).x0, go(2))  # the rarest by default
+
+
 @pytest.mark.parametrize(
     "f,error,says",
     [
@@ -280,6 +301,13 @@ D, CLF = MixtureDenoiser(MIX, VP()), mixture_classifier(MIX, VP())
         (lambda x: minority(D, CLF, scale=torch.ones(4))(x, 0.5), ValueError, "scale must be"),
         (lambda x: minority_score(D, x, torch.tensor([0.1, 0.2])), ValueError, "one time"),
         (lambda x: minority_score(D, x, 0), ValueError, r"\(0, 1\]"),
+        (lambda x: minority_score(D, x, -0.1), ValueError, r"one time in \(0, 1\], got -0.1"),
+        (lambda x: minority_score(D, x, 1.001), ValueError, r"one time in \(0, 1\], got 1.001"),
+        (
+            lambda x: minority_score(D, x, float("nan")),
+            ValueError,
+            r"one time in \(0, 1\], got nan",
+        ),
         (lambda x: minority_score(D, x, n=0), ValueError, "at least 1"),
         (lambda x: minority_score(D, x, n=True), ValueError, "got True"),
         (lambda x: minority_score(D, x, noise=randn(0, 6, 2)), ValueError, "at least 1"),

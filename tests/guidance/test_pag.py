@@ -235,6 +235,103 @@ def test_torch_layer_in_its_other_shapes():
             bad(h[0].float(), h[0].float(), h[0].float())
 
 
+class Joint(nn.Module):  # attention over image and text in one sequence
+    added_kv_proj_dim = 8
+
+    def __init__(self, image_first=True, image_asks=False):
+        super().__init__()
+        self.image_first, self.image_asks = image_first, image_asks
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(8, 8) for _ in range(4))
+        self.text = nn.Linear(8, 24)
+
+    def sequence(self, image, text):  # queries, keys and values (B, heads, N, D)
+        ours = [self.to_q(image), self.to_k(image), self.to_v(image)]
+        both = [
+            torch.cat([a, b] if self.image_first else [b, a], 1)
+            for a, b in zip(ours, self.text(text).chunk(3, -1))
+        ]
+        q, k, v = (z.unflatten(-1, (2, 4)).transpose(1, 2) for z in both)
+        if self.image_asks:
+            q = self.of_image(q, image)
+        return q, k, v
+
+    def of_image(self, z, image):  # its part of a sequence (..., N, D)
+        n = image.shape[1]
+        return z[..., :n, :] if self.image_first else z[..., -n:, :]
+
+    def out(self, o, image):
+        o = o.transpose(1, 2).flatten(2)
+        rest = o[:, image.shape[1] :] if self.image_first else o[:, : -image.shape[1]]
+        return (self.to_out(o if self.image_asks else self.of_image(o, image)), rest)
+
+    def attend(self, q, k, v, mask):
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def forward(self, hidden_states, text, mask=None):
+        q, k, v = self.sequence(hidden_states, text)
+        return self.out(self.attend(q, k, v, mask), hidden_states)
+
+
+@pytest.mark.parametrize("image_first", [True, False], ids=["image first", "text first"])
+@pytest.mark.parametrize("image_asks", [False, True], ids=["all ask", "the image asks"])
+@pytest.mark.parametrize("given", [None, "bool", "float", "keys"])
+def test_joint_attention_by_hand(image_first, image_asks, given):
+    "An image token sees itself and the text, as its layer's mask allows; the text sees all."
+    m = shake(Joint(image_first, image_asks)).double()
+    image, text = randn(2, 5, 8), randn(2, 3, 8, seed=1)
+    ours = [i if image_first else i + 3 for i in range(5)]  # where the image stands
+    asks = ours if image_asks else list(range(8))
+    mask, scores_of = None, torch.zeros(2, 1, len(asks), 8, dtype=F64)
+    if given == "bool":  # each sees itself in any case
+        mask = (randn(len(asks), 8, seed=2) > 0) | (torch.tensor(asks)[:, None] == torch.arange(8))
+    elif given == "keys":  # a text of the second sample is shorter
+        mask = torch.ones(2, 1, 1, 8, dtype=torch.bool)
+        mask[1, 0, 0, next(i for i in range(8) if i not in ours)] = False
+    elif given == "float":
+        mask = randn(len(asks), 8, seed=2)
+    if given:
+        added = mask if given == "float" else torch.where(mask, 0.0, float("-inf")).double()
+        scores_of = scores_of + added
+    q, k, v = m.sequence(image, text)
+    plain = q @ k.transpose(-1, -2) / 2 + scores_of
+    assert_close(m(image, text, mask)[0], m.out(plain.softmax(-1) @ v, image)[0])
+    cut = plain.clone()
+    for row, i in enumerate(asks):
+        for j in ours:
+            if i in ours and j != i:
+                cut[..., row, j] = float("-inf")
+    want = m.out(cut.softmax(-1) @ v, image)
+    with perturb_attention(m) as reached:
+        for _ in range(2):  # the place of the image is known the second time
+            got = m(image, text, mask)
+            assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert reached == {""} and (got[0] - m(image, text, mask)[0]).abs().max() > 1e-3
+
+
+def test_joint_attention_that_cannot_be_cut_is_refused():
+    class ByHand(Joint):
+        def attend(self, q, k, v, mask):
+            return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    class Scaled(Joint):  # the values are no longer those of to_v
+        def attend(self, q, k, v, mask):
+            return super().attend(q, k, 1.1 * v, mask)
+
+    image, text = randn(2, 5, 8), randn(2, 3, 8, seed=1)
+    for kind, says in (
+        (ByHand, "it does not use torch's scaled_dot_product_attention"),
+        (Scaled, "its value tokens are not those of to_v"),
+    ):
+        m = shake(kind()).double()
+        with pytest.raises(ValueError, match=f"cannot be perturbed: {says}"), perturb_attention(m):
+            m(image, text)
+    for mode in ("uniform", "zero"):
+        m = shake(Joint()).double()
+        with pytest.raises(ValueError, match=f"'identity' only, not '{mode}'"):
+            with perturb_attention(m, mode=mode):
+                m(image, text)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision(dtype):
     for m in (SelfAttention(32, 4), nn.MultiheadAttention(32, 4, batch_first=True)):
@@ -269,6 +366,26 @@ def test_nothing_is_left_behind(net):
     assert all(not m._forward_hooks for m in d.modules()) and all(
         m.__dict__.keys() == hooks[n][1] for n, m in d.named_modules()
     )
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("old", [True, False], ids=["older torch", "newer torch"])
+def test_the_fast_path_of_encoder_layers_is_off_only_inside(monkeypatch, old, fast):
+    """A fused encoder layer of older torch goes past the hooks of its attention: there it is not
+    fused inside of the block. Afterwards the setting is the caller's, also after an error."""
+    source = "return fused(x)" if old else "if self has hooks: return plain(x)"
+    monkeypatch.setattr("inspect.getsource", lambda f: source)
+    m, before = nn.MultiheadAttention(8, 2), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        with perturb_attention(m):
+            assert torch.backends.mha.get_fastpath_enabled() is (fast and not old)
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+        with pytest.raises(KeyboardInterrupt), perturb_attention(m):
+            raise KeyboardInterrupt
+        assert torch.backends.mha.get_fastpath_enabled() is fast
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def test_an_error_inside_the_damaged_call_restores_the_network():

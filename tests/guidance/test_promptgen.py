@@ -96,6 +96,56 @@ def test_constraint_holds_on_probabilities(seed, k):
     assert ((s @ b).softmax(0) @ s - mu).abs().max() < 1e-7 and abs(b.sum()) < 1e-8
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_shares_in_any_unit_are_shares(scale):
+    """Shares of a total of `scale`, in single precision: centred multipliers in the inverse unit,
+    and wanted means that add up to something else are refused."""
+    s = (scale * (2 * randn(500, 4)).softmax(1)).float()
+    mu = (s[:50].double().mean(0) + scale / 4) / 2
+    b = fit_moment(s, mu)
+    assert_close(b, fit_moment(s.double() / scale, mu / scale) / scale, rtol=1e-6, atol=1e-8)
+    assert b.dtype == F64 and abs(b.sum()) < 1e-8 * b.abs().max()
+    with pytest.raises(ValueError, match=f"mu must add up to {scale:g}, as the statistics do, got"):
+        fit_moment(s, 0.8 * mu)
+
+
+@pytest.mark.parametrize("digits", [5, 6, 8])
+def test_multipliers_of_rounded_shares_are_centred(digits):
+    "Shares as a file keeps them add up to 1 but for their last digit, and count as shares."
+    s = (2 * randn(2000, 4)).softmax(1).mul(10**digits).round() / 10**digits
+    assert 0 < (s.sum(1) - 1).abs().max() < 5 * 10**-digits
+    mu = (s[:50].mean(0) + 0.25) / 2
+    b = fit_moment(s, mu)
+    assert abs(b.sum()) < 1e-9 and b.abs().max() > 0.1
+    assert ((s @ b).softmax(0) @ s - mu).abs().max() < 5 * 10**-digits
+
+
+def test_a_statistic_that_is_constant_has_no_other_mean():
+    "Its only value may be asked for, and needs no multiplier; no other one is reached."
+    g, m = randn(2000, 2).tanh(), torch.tensor([0.1, -0.2], dtype=F64)
+    both = torch.cat([g, torch.full((2000, 1), 0.7, dtype=F64)], 1)
+    b = fit_moment(both, [*m.tolist(), 0.7])
+    assert_close(b[:2], fit_moment(g, m), rtol=1e-6, atol=1e-6)
+    assert abs(b[2]) < 1e-6  # the shortest
+    for last in (0.699, 0.701):
+        for method in ("newton", "paper"):
+            with pytest.raises(ValueError, match=r"cannot be reached: entries \[2\] lie outside"):
+                fit_moment(both, [*m.tolist(), last], method, gen(1))
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_the_papers_search_comes_near_the_dual(shares):
+    """Adam on random parts of the pool: the means up to the parts' own error; centred where the
+    statistics are shares, and as they are elsewhere."""
+    g = (2 * randn(4000, 3)).softmax(1) if shares else randn(4000, 3).tanh()
+    mu = (g[:50].mean(0) + 1 / 3) / 2 if shares else torch.tensor([0.2, 0.1, -0.3], dtype=F64)
+    exact, b = fit_moment(g, mu), fit_moment(g, mu, "paper", gen(2))
+    # a mean of 1024 draws of spread 0.6 at most is off by 0.02; three of these
+    assert ((g @ b).softmax(0) @ g - mu).abs().max() < 0.06
+    assert_close(b, exact, rtol=0, atol=0.15)  # 0.06 for four seeds
+    assert (abs(b.sum()) < 1e-12) == shares and exact.abs().max() > 0.3
+
+
 def test_energies_add_up_and_reach_the_latent_only():
     clf = nn.Linear(3, 4)
     p = PromptGen(

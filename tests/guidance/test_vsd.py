@@ -44,6 +44,8 @@ def net(dtype=torch.float32, dim=2, **k):  # a small conditional network with a 
     torch.manual_seed(0)
     d = NetDenoiser(MLP(dim, hidden=16, depth=1, classes=3, **k), VP(), "v", null={"label": 3})
     nn.init.normal_(d.net.head.weight, std=0.3)
+    for block in d.net.blocks:  # zero at the start: else neither time nor label would act
+        nn.init.normal_(block.fc2.weight, std=0.3, generator=rng())
     return d.to(dtype)
 
 
@@ -276,6 +278,89 @@ def test_the_kernel_of_the_exact_score(scale):
     r = (-(xt[:, None] - a[:, None] * z).square().sum(2) / (2 * var)).softmax(1)
     score = -(xt - a * (r @ z)) / var
     assert_close(seen[0], s**2 * (prior(xt, t).eps + s * score), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("method", ["sds", "vsd"])
+@pytest.mark.parametrize("own", [True, False])
+def test_each_view_has_its_conditions(method, own):
+    """The prior gets those of `views` and q those of `q_views`, or the prior's where none are
+    given: some steps of gradient descent by hand."""
+    prior, q, z, got, g = net(F64), net(F64), randn(5, 2), [], rng(1)
+    nn.init.normal_(q.net.head.weight, std=0.5, generator=rng(3))
+    views = [{"label": 0}, {"label": torch.tensor([2, 1, 0, 3, 2])}, {"label": 1}]
+    q_views = [{"label": 2}, {"label": 0}, {"label": torch.tensor([0, 3, 1, 2, 0])}]
+    kw = dict(q_views=q_views) if own else {}
+    kw |= dict(steps=7, anneal_at=1.0, optimizer=torch.optim.SGD, lr=0.1)
+    made = quiet(
+        prior, z, method=method, q=q, views=views, callback=lambda i, p, d: got.append(d), **kw
+    )
+    row = lambda c: torch.as_tensor(c["label"]).expand(5)
+    for i in range(7):
+        t = 0.02 + 0.96 * torch.rand(5, generator=g, dtype=F64)
+        e = torch.randn(5, 2, generator=g, dtype=F64)
+        a, s = VP().alpha(t)[:, None], VP().sigma(t)[:, None]
+        xt = a * z + s * e
+        with torch.no_grad():
+            other = q(xt, t, label=row((q_views if own else views)[i % 3])).eps
+            gap = prior(xt, t, label=row(views[i % 3])).eps - (e if method == "sds" else other)
+        assert_close(got[i], s**2 * gap, rtol=1e-9, atol=1e-10)
+        z = z - 0.1 * got[i]
+    assert_close(made, z)
+
+
+@pytest.mark.parametrize("views", [1, 2, 3])
+def test_a_refusal_is_explained_in_the_first_round_of_views_only(views):
+    "Later, pictures and conditions have been taken before: the error stays as it is."
+
+    class Fails(MixtureDenoiser):
+        left = 0
+
+        def forward(self, x, t, label=None):
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("out of memory")
+            return super().forward(x, t)
+
+    for good in range(views + 2):
+        prior = Fails(ring(), VP())
+        prior.left = good
+        error = ValueError if good < views else RuntimeError
+        with pytest.raises(error) as e:
+            quiet(prior, randn(4, 2), method="sds", views=[{"label": k} for k in range(views)])
+        if good < views:
+            says = r"refuses pictures of shape \(4, 2\), torch.float64, .*: out of memory"
+            assert e.match(says) and str(e.value.__cause__) == "out of memory"
+        else:
+            assert str(e.value) == "out of memory"
+
+
+def test_scenes_start_as_faint_noise():
+    for shape in ((3, 4), (1, 5, 5)):
+        assert torch.equal(
+            ImageScene().init(6, shape, rng(4)), 0.5 * torch.randn(6, *shape, generator=rng(4))
+        )
+    assert torch.equal(
+        VoxelScene(3).init(6, rng(4)), -2 + 0.5 * torch.randn(6, 3, 3, 3, generator=rng(4))
+    )
+
+
+@pytest.mark.parametrize(
+    "group,alone",
+    [
+        (None, False),
+        ([3, 3, 3, 3], False),
+        ([0, 0, 1, 1], False),
+        ([1, 7, 7, 1], False),
+        ([0, 0, 0, 7], True),
+        ([5, 2, 2, 2], True),
+        ([0, 1, 2, 3], True),
+    ],
+)
+def test_a_particle_that_is_alone_in_its_group_is_told_so(group, alone):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        quiet(MIX, randn(4, 2), q="exact", group=group, steps=1)
+    assert ["is SDS" in str(w.message) for w in seen] == [True] * alone
 
 
 def test_every_particle_has_a_time_of_its_own():
