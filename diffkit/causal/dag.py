@@ -1310,8 +1310,8 @@ def follow_path(
     for k, (mu_k, s_k, n) in enumerate(zip(mu, s, iters)):
         run, nw, nsig = np.arange(nb), W + 0, sigma + 0  # nw, nsig: what the stage leaves
         w, sg, c, l1, mk = W + 0, sigma + 0, C, lam_all, mask
-        m, v, t, rate = 0 * w, 0 * w, np.zeros(nb, int), np.full(nb, lr)
-        dom, prev, starts = np.full(nb, s_k), np.full(nb, np.inf), np.zeros((2, nb), int)
+        m, v, t, rate = 0 * w, 0 * w, np.zeros(nb, int), np.full(nb, float(lr))
+        dom, prev, starts = np.full(nb, float(s_k)), np.full(nb, np.inf), np.zeros((2, nb), int)
         CE, S, R, step = c - c @ w, col(dom), col(rate), 0 * w
         c1, c2 = map(col, _adam_factors(n, decay, betas))
         while len(run):

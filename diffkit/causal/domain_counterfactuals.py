@@ -621,8 +621,9 @@ def quantile_match(
     "Each coordinate alone: the value of the same rank in the other domain. The cheap baseline."
     a, t = source.mT.sort(-1)[0].contiguous(), target.mT.sort(-1)[0]
     at = torch.searchsorted(a, x.mT.contiguous()).to(t.dtype) / a.shape[-1] * (t.shape[-1] - 1)
-    low = at.long().clamp(max=t.shape[-1] - 2)
-    return torch.lerp(t.gather(-1, low), t.gather(-1, low + 1), at - low).mT
+    low = at.long().clamp(max=max(t.shape[-1] - 2, 0))
+    high = (low + 1).clamp(max=t.shape[-1] - 1)  # of a single row: itself
+    return torch.lerp(t.gather(-1, low), t.gather(-1, high), at - low).mT
 
 # %% ../../nbs/causal/603_domain_counterfactuals.ipynb #12028c89
 @dataclass

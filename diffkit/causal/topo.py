@@ -286,7 +286,9 @@ def search_orders(
     _whole("max_rounds", max_rounds, 0)
     small, large = _sizes(score, d, small, large, large_searches)
     left = np.inf if large_searches is None else large_searches
-    everything = torch.triu_indices(d, d, 1).T if small == d * (d - 1) // 2 else None
+    # a rule of one's own is asked even then: it may leave pairs out
+    whole = small == d * (d - 1) // 2 and candidates is swap_candidates
+    everything = torch.triu_indices(d, d, 1).T if whole else None
     c = score.costs(o)
     f, bar = c.sum().item(), tol * c.abs().sum().item()
     evals, solves, converged = 0, d, False

@@ -1,7 +1,10 @@
 """Parity of diffkit.causal.colide with a plain loop written from the paper, and properties too
 heavy for the notebook."""
 
+import warnings
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -164,3 +167,37 @@ def test_the_callback_sees_what_the_caller_gave(kind, batch):
     for _, _, W in seen:
         assert W.shape == C.shape and isinstance(W, type(kind(C)))
     np.testing.assert_allclose(np.asarray(seen[-1][2]), np.asarray(fit.raw))
+
+
+SHORT = dict(iters=(2,), s=(1.0,), mu=(1.0,))
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_a_table_without_more_rows_than_columns_needs_a_penalty(n):
+    X = np.random.default_rng(0).normal(size=(n, 4))
+    for lam in (None, 0.0):
+        with pytest.raises(ValueError, match=f"X has {n} rows for 4 columns.*choose lam > 0"):
+            colide(X, lam=lam, **SHORT)
+    with pytest.raises(ValueError, match="choose lam > 0"):  # one graph of two without
+        colide(np.stack([X, X]), lam=[0.5, 0.0], **SHORT)
+    with pytest.warns(UserWarning, match=f"{n} rows for 4 columns: the covariance is singular"):
+        assert colide(X, lam=0.5, **SHORT).raw.shape == (4, 4)
+    more = np.random.default_rng(0).normal(size=(5, 4))
+    for lam in (None, 0.0):
+        assert np.isfinite(colide(more, lam=lam, **SHORT).raw).all()
+
+
+def test_what_the_data_hide_is_said_for_one_graph_and_a_batch_of_covariances_is_trusted():
+    "A sum of columns is tied to them; equal variances are news in a table with named columns only."
+    X = np.random.default_rng(0).normal(size=(50, 4))
+    X = (X - X.mean(0)) / X.std(0)
+    tied = covariance(np.c_[X[:, :2], X[:, 0] + X[:, 1]])
+    with pytest.warns(UserWarning, match="the data cannot tell which"):
+        colide(cov=tied, **SHORT)
+    with pytest.warns(UserWarning, match="all columns have the same variance"):
+        colide(pd.DataFrame(X, columns=list("abcd")), **SHORT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        colide(cov=np.stack([tied, tied]), **SHORT)
+        colide(X, **SHORT)
+        colide(np.stack([X, X]), **SHORT)

@@ -177,6 +177,18 @@ def test_acyclicity_values_agree_with_eigenvalues():
             assert abs(h_logdet(W)[0] + (1 - lam).log().sum().real) < 1e-6
 
 
+@pytest.mark.parametrize("h", [h_exp, h_poly, h_logdet])
+def test_arrays_give_arrays_and_the_gradient_is_that_of_the_value(h):
+    W = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).double().numpy() * 0.3
+    value, grad = h(W)
+    assert type(value) is type(grad) is np.ndarray and grad.shape == (4, 4)
+    step = 1e-5 * np.eye(16).reshape(16, 4, 4)
+    slope = (h(W + step)[0] - h(W - step)[0]).reshape(4, 4) / 2e-5
+    np.testing.assert_allclose(grad, slope, atol=1e-8)  # central differences: error 1e-10
+    tensors = h(torch.as_tensor(W))
+    assert all(torch.is_tensor(x) for x in tensors) and np.array_equal(tensors[1], grad)
+
+
 def test_log_determinant_is_the_same_for_all_orders():
     W, X = problem(d=5, k=1)
     C = covariance(X)
@@ -206,6 +218,46 @@ def test_torch_loop_equals_numpy_loop():
     kw = dict(iters=(50, 50), s=(1.0, 0.9), mu=(1.0, 0.1), lr=5e-2)
     a, b = follow_path(C, **kw), follow_path(torch.as_tensor(C), **kw)
     assert np.abs(a[0] - b[0].numpy()).max() < 1e-8 and np.array_equal(a[3], b[3])
+
+
+def one_stage(C, W0, lr, n, s, lam=0.05):
+    """DAGMA's stage for one graph from its description: a step out of the domain is halved until
+    it is inside and then counts once; at the first step, or with s <= 0.9, the stage begins again
+    with s + 0.1. Both halve lr."""
+    eye, t, restarts, halvings, path = np.eye(len(C)), 0, 0, 0, []
+    W, m, v, step = W0.copy(), 0, 0, 0
+    while t < n:
+        M = np.linalg.inv(s * eye - W * W)
+        if M.min() < -1e-6:
+            if t == 0 or s <= 0.9 + 1e-9:
+                W, m, v, t, s, restarts = W0.copy(), 0, 0, 0, s + 0.1, restarts + 1
+            else:
+                W, halvings = W + step * lr / 2, halvings + 1
+            lr /= 2
+            continue
+        G = (1 - eye) * (-C @ (eye - W) + 2 * W * M.T + lam * np.sign(W))
+        t += 1
+        m, v = 0.99 * m + 0.01 * G, 0.999 * v + 0.001 * G * G
+        step = m / (1 - 0.99**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8)
+        W = W - lr * step
+        path.append((t, round(s, 9), lr, restarts, halvings))
+    return W, path
+
+
+@pytest.mark.parametrize(
+    "s, lr, start", [(1.0, 2.0, 0), (0.9, 1.0, 0), (0.7, 0.8, 0), (0.5, 0.1, 0.35)]
+)
+def test_a_stage_that_leaves_the_domain_is_that_of_the_plain_loop(s, lr, start):
+    C, d, n = covariance(problem(d=6, k=1)[1]), 6, 80
+    W0 = start * (1 - np.eye(d))
+    W, path = one_stage(C, W0, lr, n, s)
+    end, _, history, _ = follow_path(
+        C[None], s=(s,), mu=(1.0,), iters=(n,), lr=lr, tol=0.0, checkpoint=1, init=W0[None]
+    )
+    keys = ("iteration", "s", "lr", "restarts", "halvings")
+    seen = [tuple(round(h[k], 9) if k == "s" else h[k] for k in keys) for h in history]
+    assert seen == path and seen[-1][0] == n and seen[-1][3] + seen[-1][4] > 0
+    np.testing.assert_allclose(end[0], W, atol=1e-9)
 
 
 def test_to_dag_always_gives_a_dag():
@@ -277,3 +329,15 @@ def test_objective_outside_the_domain_is_infinite():
     fit = dagma(covariance(X), iters=(1,), s=(1.0,), mu=(1.0,), lr=5.0)
     assert h_logdet(fit.raw)[0] == np.inf and fit.objective == np.inf and not fit.converged
     assert is_dag(fit.W)
+
+
+def test_whole_numbers_are_numbers():
+    "A domain or a rate given as an int: a restart and a halved rate are no whole numbers any more."
+    C, start = np.eye(3) + 0.5, np.full((3, 3), 0.9)
+    made = [
+        dagma(C, s=(s,), mu=(1.0,), iters=(20,), lr=lr, init=start)
+        for s in (1, 1.0)
+        for lr in (1, 1.0)
+    ]
+    assert all(np.array_equal(m.W, made[0].W) for m in made)
+    assert np.isfinite(made[0].W).all()

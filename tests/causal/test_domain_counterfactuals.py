@@ -313,6 +313,16 @@ def test_quantile_match_equals_numpy():
     np.testing.assert_allclose(mine, np.quantile(b, ranks), rtol=1e-9, atol=1e-9)
 
 
+def test_quantile_match_ends_at_the_ends_of_the_other_domain():
+    "Below all source values the smallest target value, above all the largest; shares between."
+    source, target = torch.tensor([[2.0], [0.0], [1.0], [3.0]]), torch.tensor([[30.0], [10.0]])
+    x = torch.tensor([[-9.0], [0.5], [1.5], [2.5], [3.5], [1e9]])
+    mine = quantile_match(x.double(), source.double(), target.double())
+    assert mine[:, 0].tolist() == [10.0, 15.0, 20.0, 25.0, 30.0, 30.0]
+    alone = quantile_match(x.double(), source.double(), target[:1].double())
+    assert alone[:, 0].tolist() == [30.0] * 6  # the only value that there is
+
+
 def table(seed=0, n=900):
     g = np.random.default_rng(seed)
     u = g.normal(size=(n, 3)) @ np.array([[1, 0.5, 0.2], [0, 1, 0.4], [0, 0, 1]])

@@ -399,3 +399,29 @@ def test_bic_parents_units_kinds_and_limits():
         bic_given_order(C, order, 80, -0.1)
     with pytest.raises(ValueError, match="order must be"):
         bic_given_order(C, order[:-1], 80)
+
+
+def test_a_rule_of_ones_own_is_asked_whatever_the_sizes():
+    """Its pairs are the only ones that are tried: none of them, and the order stays; the one that
+    helps, and it is swapped; all of them in any sequence, and the end is that of the default."""
+    W, X = problem(5)
+    score, start = CovarianceScore(covariance(X)), [4, 3, 2, 1, 0]
+    asked = []
+
+    def rule(pairs):
+        def candidates(weights, order, size):
+            asked.append(size)
+            return torch.tensor(pairs, dtype=torch.long).reshape(-1, 2)
+
+        return candidates
+
+    order, history, _ = search_orders(score, start, candidates=rule([]))
+    assert order == start and asked and history[-1]["swaps"] == 0
+    for pair in ((0, 4), (1, 2)):
+        swapped = list(start)
+        swapped[pair[0]], swapped[pair[1]] = start[pair[1]], start[pair[0]]
+        better = score.costs(torch.tensor(swapped)).sum() < score.costs(torch.tensor(start)).sum()
+        order, _, _ = search_orders(score, start, candidates=rule([pair]))
+        assert order == (swapped if better else start)
+    every = torch.triu_indices(5, 5, 1).T.tolist()
+    assert search_orders(score, start, candidates=rule(every))[0] == search_orders(score, start)[0]

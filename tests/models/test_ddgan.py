@@ -447,6 +447,13 @@ def test_training_resumes_bit_for_bit_and_keeps_the_turn_of_r1(tmp_path, monkeyp
         assert a.equal(b)
 
 
+def test_without_r1_its_turn_makes_no_difference():
+    data, options = randn(20, 2, seed=1).float(), dict(r1=0, batch_size=5, progress=False)
+    nets = [fit_ddgan(toy(), data, 3, lazy=k, **options).model for k in (1, 2)]
+    for a, b, c in zip(*(net.parameters() for net in (*nets, toy()))):
+        assert a.equal(b) and not a.equal(c)
+
+
 def test_training_is_the_published_alternation(monkeypatch):
     data, model, batches, plain = torch.randn(64, 2), toy(), [], DDGAN.d_loss
     options = dict(lr_g=2e-3, lr_d=1e-3, r1=0.5, lazy=2, ema=None, batch_size=32, progress=False)

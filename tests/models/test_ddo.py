@@ -11,6 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+import diffkit.models.ddo as module
 from diffkit.core.data import GaussianMixture
 from diffkit.core.denoiser import MixtureDenoiser, NetDenoiser
 from diffkit.core.nets import MLP, Stacked
@@ -169,7 +170,59 @@ def test_bad_batches():
         delta(net(), net(process=Cosine()), x)
 
 
+class Says(nn.Module):  # x0 is thought to be its number plus the label, whatever x is
+    def __init__(self, number):
+        super().__init__()
+        self.number = nn.Parameter(torch.tensor(number, dtype=F64))
+
+    def forward(self, x, t, label):
+        return (self.number + label.to(x))[:, None].expand_as(x)
+
+
+@pytest.mark.parametrize("alpha, beta", [(1.0, 0.05), (2.0, 0.7)])
+def test_ratios_of_constant_guesses_by_hand(alpha, beta):
+    "Each row meets its label, and the ratio is a difference of squares, the noise without a say."
+    model, ref = (NetDenoiser(Says(v), VP(), predicts="x0") for v in (0.8, 0.1))
+    label, other = torch.tensor([0, 3, 1]), torch.tensor([5, 2, 7])
+    x, z = 0.9 + label[:, None] + 0.1 * randn(3, 2), 0.1 * randn(3, 2, seed=1) + other[:, None]
+    gain = lambda v, y: ((v - 0.1 - y[:, None]) ** 2 - (v - 0.8 - y[:, None]) ** 2).sum(1)
+    r, f = gain(x, label), gain(z, other)
+    real, fake = {"x0": x, "label": label}, {"x0": z, "label": other}
+    loss, stats = diffusion_ddo_loss(model, ref, real, fake, alpha, beta)
+    assert_close(loss, ddo_loss(r, f, alpha, beta))
+    assert_close(stats["r_real"], r.mean())
+    assert_close(stats["r_fake"], f.mean())
+    assert stats["accuracy"] == 1 and stats["alive"] == 1
+    loss, stats = diffusion_ddo_loss(model, ref, fake, real, alpha, beta)
+    assert_close(loss, ddo_loss(f, r, alpha, beta))
+    assert stats["accuracy"] == 0
+    each = torch.tensor([0.05, 2.0, 9.0], dtype=F64)  # one beta a row
+    loss, stats = diffusion_ddo_loss(model, ref, real, fake, each * alpha, each)
+    want = -F.logsigmoid(each * r) - each * alpha * F.logsigmoid(-each * f)
+    assert_close(loss, want.mean())
+    # of the ratios those are alive whose sigmoid lies in 0.1 to 0.9
+    sides = torch.stack([each * r, each * f]).sigmoid()
+    assert_close(stats["alive"], ((sides - 0.5).abs() < 0.4).float().mean())
+    assert 0 < stats["alive"] < 1
+
+
 # --- rounds
+
+
+def test_every_setting_of_the_loss_reaches_it(monkeypatch):
+    seen, plain = [], module.diffusion_ddo_loss
+
+    def spy(model, ref, real, fake, *more, **how):
+        assert not more
+        seen.append(how)
+        return plain(model, ref, real, fake, **how)
+
+    monkeypatch.setattr(module, "diffusion_ddo_loss", spy)
+    how = dict(alpha=2.5, beta=0.3, times=lambda n: torch.full((n,), 0.4), weight=torch.sigmoid)
+    run = dict(steps=2, solver=DDIM(), progress=False)
+    finetune(net(), torch.randn(4, 2, generator=rng()), **run, **how)
+    finetune(net(), torch.randn(4, 2, generator=rng()), **run)
+    assert seen == [how] * 2 + [dict(alpha=1.0, beta=0.05, times=None, weight=None)] * 2
 
 
 def test_members_train_as_alone_would():

@@ -63,6 +63,26 @@ def test_tables(df, name, n):
     )
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_short_tables(n):
+    "Straight lines in beta, in its root and on a logistic curve; the rest from the signal left."
+    u, ends = torch.linspace(0, 1, n, dtype=F64), (0.1, 0.4)
+    want = {"linear": 0.1 + 0.3 * u, "scaled_linear": (0.1**0.5 + (0.4**0.5 - 0.1**0.5) * u) ** 2}
+    want |= {"sigmoid": 0.1 + 0.3 / (1 + (6 - 12 * u).exp())}
+    for name, table in want.items():
+        torch.testing.assert_close(betas(name, n, *ends), table)
+    left = lambda v: 1 - 0.5 * v
+    v = torch.linspace(0, 1, n + 1, dtype=F64)
+    torch.testing.assert_close((1 - betas(left, n)).cumprod(0), left(v[1:]))
+    assert betas("cosine", n)[-1] == 0.999  # no signal is left: the cap
+
+
+@pytest.mark.parametrize("n", [0, -1, 2.0])
+def test_a_table_has_a_whole_positive_number_of_steps(n):
+    with pytest.raises(ValueError, match=f"n must be a positive integer, got {n}"):
+        betas("linear", n)
+
+
 @pytest.mark.parametrize("name", THEIRS)
 def test_zero_end(df, name):
     from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr

@@ -486,6 +486,18 @@ def test_bad_input(call, error, says):
         call()
 
 
+def test_the_exact_refiner_moves_with_its_mixture_which_keeps_its_precision():
+    def new():
+        return MixtureRefiner(GaussianMixture(MEAN[None], covs=COV), ppca(MEAN, COV, 2), VP())
+
+    d = new().float()
+    assert d.mixture.means.dtype == F64
+    assert_close(d(X, 0.5).x0, new()(X, 0.5).x0, rtol=0, atol=0)
+    far = new().to("meta")
+    parts = (far.mixture.means, far.mixture.vars, far.mixture.basis, far.gain, far.chol)
+    assert all(p.device.type == "meta" for p in parts)
+
+
 def test_what_has_no_exact_refiner_is_refused():
     mix, vae = GaussianMixture(MEAN[None], covs=COV), ppca(MEAN, COV, 2)
     with pytest.raises(ValueError, match="Gaussian kernel"):

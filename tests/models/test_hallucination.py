@@ -384,6 +384,32 @@ def test_auroc_and_kept_against_peers():
         assert math.isclose(kept, best, abs_tol=1e-12)
 
 
+@pytest.mark.parametrize("n", [1, 4, 10])
+def test_kept_is_a_count_below_the_threshold(n):
+    "Bad scores 1..n, good ones half a step below each, two at each bad one, and one above all."
+    bad, steps = torch.arange(1.0, n + 1), torch.arange(1.0, n + 1)
+    good = torch.cat([steps - 0.5, steps, steps, torch.tensor([n + 1.0])])
+    s, b = torch.cat([bad, good]), torch.arange(n + len(good)) < n
+    for gone in range(1, n + 1):
+        at = n - gone + 1  # the threshold: this score and those above are `gone` bad ones
+        want = (at + 2 * (at - 1)) / (3 * n + 1)
+        for removed in (gone / n, (gone - 0.5) / n):  # a part of one asks for the whole
+            assert math.isclose(kept_at(s, b, removed), want)
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=repr)
+@pytest.mark.parametrize("t", [-0.1, 1.1, math.nan])
+def test_the_smoothed_denoiser_refuses_the_times_that_the_exact_one_refuses(t, process):
+    x = randn(2, 1)
+    for at in (t, torch.tensor([0.5, t])):
+        said = []
+        for d in (MixtureDenoiser(THREE, process), SmoothedMixtureDenoiser(THREE, process)):
+            with pytest.raises(ValueError) as info:
+                d(x, at)
+            said.append(str(info.value))
+        assert said[0] == said[1]
+
+
 def test_off_support():
     m = GaussianMixture([[0.0, 0.0], [3.0, 0.0]], scales=[0.1, 0.5])
     x = torch.tensor([[0.59, 0.0], [0.61, 0.0], [3.0, 2.99], [3.0, 3.01]])

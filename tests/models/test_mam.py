@@ -272,6 +272,18 @@ def test_consistency_is_uniform_over_orders_and_places():
     assert_close(model.consistency(x, order, d), by_hand.square())
 
 
+@pytest.mark.parametrize("anchor", [None, 1.5])
+@pytest.mark.parametrize("n", [1, 7])
+def test_loss_of_the_marginals_is_a_mean_over_rows_times_the_variables(n, anchor):
+    model = net(anchor=anchor)
+    x = rows(4, [1, 2, 3])[:: 81 // n][:n]
+    gap = model.consistency(x, generator=rng(1))
+    empty = model.log_prob(torch.zeros(1, 4, dtype=torch.long), normalise=False)
+    off = empty - (4 * math.log(3) if anchor is None else anchor)
+    want = 4 * gap.sum() / n + off.square().sum()
+    assert_close(model.loss_marginal(x, rng(1)), want)
+
+
 def test_a_constant_changes_the_anchor_only():
     model, x = net(anchor=0.0), rows(4, [1, 2, 3])
     before = [model.log_prob(x), model.consistency(x, generator=rng(1))]

@@ -2,6 +2,7 @@
 number as condition, the loop of optimisation, and every error."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -158,6 +159,44 @@ def test_far_questions_warn_and_bad_ones_are_named():
     for f, why in cases:
         with pytest.raises(ValueError, match=why):
             f()
+
+
+def test_eight_standard_deviations_are_far_on_both_sides_and_less_is_not():
+    x = torch.tensor([[-1.0], [0.0], [1.0]], dtype=F64)  # mean 0, deviation 1: exactly
+    make = lambda x, y: dk.NetDenoiser(Shift(), P, "x0")
+    for z in (-8.0, -7.99, 0.0, 7.99, 8.0):
+        ask = dict(ask=lambda y, z=z: z, rounds=1, batch=1, steps=1, generator=gen())
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            out = optimise(lambda v: v[:, 0], x, x[:, 0], make, **ask)
+        assert out.asked == [z]
+        assert sum(f"{z:.1f} standard" in str(w.message) for w in said) == (abs(z) >= 8)
+
+
+@pytest.mark.parametrize("ridge", [0, 0.5, 3.0])
+def test_the_reward_is_ridge_regression_around_the_mean(ridge):
+    "That is least squares with `sqrt(ridge) I` as further rows; without a ridge, least squares."
+    x, y = randn(12, 3) + 5, randn(12, seed=1) - 2
+    f = LinearReward.fit(x, y, ridge)
+    rows = torch.cat([x - x.mean(0), ridge**0.5 * torch.eye(3, dtype=F64)])
+    want = torch.linalg.lstsq(rows, torch.cat([y - y.mean(), torch.zeros(3, dtype=F64)])[:, None])
+    assert_close(f.theta, want.solution[:, 0])
+    assert_close(f(x).mean(), y.mean())
+    if not ridge:
+        with pytest.raises(ValueError, match="3 designs do not determine 3 coefficients"):
+            LinearReward.fit(x[:3], y[:3], 0)
+    with pytest.raises(ValueError, match="ridge must not be negative, got -0.1"):
+        LinearReward.fit(x, y, -0.1)
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0, 1e6])
+def test_the_conditional_law_does_not_hang_on_the_unit_of_the_reward(unit):
+    m, C, theta = randn(4), torch.diag(randn(4, seed=5).square() + 0.2), randn(4, seed=6)
+    law = lambda u: conditional_gaussian(m, C, LinearReward(u * theta, m.sum() * u), 0.7 * u, u)
+    for a, b in zip(law(unit), law(1.0)):
+        assert_close(a, b)
+    with pytest.raises(ValueError, match="the reward does not vary"):
+        conditional_gaussian(m, C, LinearReward(0 * theta, m.sum()), 0.0, 1.0)
 
 
 def test_the_conditional_law_is_unbiased_in_what_is_asked():

@@ -167,6 +167,15 @@ def test_without_noise_there_is_nothing_to_remove():
     assert_close(FieldDenoiser(MIX.means, p)(MIX.means, 0.0).x0, MIX.means)
 
 
+def test_without_noise_every_point_is_its_own_answer():
+    "However large its coordinates: no rounding of a distance of 0 makes the answer nan."
+    pts = 100 * randn(40, 5)
+    for D in (0.5, 5.0, 1e4):
+        d = FieldDenoiser(pts, HeavyTailed(Flow(), D))
+        for t in (0.0, 1e-12):
+            assert_close(d((1 - t) * pts, t).x0, pts)
+
+
 def test_the_limit_is_diffusion():
     x = randn(100, 2)
     for m in (MIX, GaussianMixture(MIX.means, covs=torch.diag(torch.tensor([0.2, 0.01])))):

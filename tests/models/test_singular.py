@@ -2,6 +2,7 @@
 models against closed forms, models side by side against each alone, and every error."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -172,6 +173,9 @@ def test_a_sum_over_too_few_points_is_told():
     model = LatentModel(nn.Linear(1, 2), sigma=0.01, sigma_min=1e-3).eval()
     with pytest.warns(UserWarning, match="sigma apart; take"):
         model.log_prob(torch.zeros(3, 2), 8, rule="points")
+    with warnings.catch_warnings():  # not in training, where it would come in every step
+        warnings.simplefilter("error")
+        model.train().log_prob(torch.zeros(3, 2), 8, rule="points")
 
 
 def test_the_bound_with_one_draw_is_that_of_the_vae():
