@@ -103,9 +103,12 @@ def hessian_top(
     norm = lambda a: torch.stack([x.square().sum() for x in a]).sum().sqrt()
     with _measured(net):
         g = _slopes(loss(net, batch), params, create_graph=True)
-        for _ in range(iterations):
+        # a slope without a graph is a constant: zeros of H
+        bent, value = [i for i, slope in enumerate(g) if slope.requires_grad], 0.0
+        for _ in range(iterations if bent else 0):
             v = [x / norm(v).clamp(min=1e-30) for x in v]
-            Hv = _slopes(g, params, grad_outputs=v, retain_graph=True)
+            some, parts = [g[i] for i in bent], [v[i] for i in bent]
+            Hv = _slopes(some, params, grad_outputs=parts, retain_graph=True)
             value = sum((a * b).sum() for a, b in zip(v, Hv))
             v = Hv
     return float(value)

@@ -112,6 +112,21 @@ def test_the_drawn_search_sees_the_far_values():
     assert error(drawn) <= 1.05 * error(full)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_drawn_search_is_repeatable_and_the_same_for_the_mirrored_values(bits, symmetric):
+    v = randn(300).abs()  # the draw meets the far quarter often
+    how = dict(bits=bits, symmetric=symmetric, limit=100, steps=1000)
+    found = Quantizer(**how).calibrate(v).scale
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(5):  # the draw is its own, whatever was drawn before
+            torch.manual_seed(seed)
+            before = torch.random.get_rng_state()
+            assert torch.equal(Quantizer(**how).calibrate(v).scale, found)
+            assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(Quantizer(**how).calibrate(-v).scale, found)
+
+
 def test_channels_are_tensors_alone():
     v = torch.cat([randn(3, 8, 2, 2), 100 * randn(1, 8, 2, 2), torch.zeros(1, 8, 2, 2)])
     rows = Quantizer(5, per_channel=True).calibrate(v)

@@ -283,6 +283,19 @@ def test_levels_are_shared_out_by_the_norms():
     assert got["b"] == 4 and sum(got.values()) == 24 and got["a"] > got["c"] > 4
 
 
+@pytest.mark.parametrize(
+    "norms, levels, want",
+    [
+        # 4 each, and 12 in the ratio of the norms, 2.4, 3.6 and 6, of which 2, 3 and 6 are whole
+        (dict(a=2.0, b=3.0, c=5.0), 8, dict(a=6, b=7, c=11)),
+        # 2 each, and 8 in that ratio, 0.9, 1.8, 2.7 and 2.7: three are left for the largest three
+        (dict(a=1.0, b=2.0, c=3.0, d=3.0), 4, dict(a=2, b=4, c=5, d=5)),
+    ],
+)
+def test_what_rounding_leaves_goes_to_the_largest_norms(norms, levels, want):
+    assert assign_levels(norms, levels) == want
+
+
 # --- files
 
 

@@ -144,6 +144,18 @@ def test_marginals_and_ragged_spaces():
     torch.testing.assert_close(exact_value(d, values)(x, 0.6), r @ values)
 
 
+@pytest.mark.parametrize("row, options", [(0, 3), (1, 5), (3, 1)])
+def test_every_choice_needs_an_option_that_may_be_taken(row, options):
+    m = torch.ones(4, 5)
+    m[row, :options] = 0.0  # what is left in the row, if anything, are options that are not there
+    with pytest.raises(ValueError, match="some positive in each row"):
+        SpaceDenoiser(RAGGED, VE5, m)
+    m[row, options - 1] = 1e-3  # one is enough, and then it is certain
+    p = SpaceDenoiser(RAGGED, VE5, m).probs(torch.zeros(1, 4, 5, dtype=F64), 0.5)
+    want = torch.eye(5, dtype=F64)[options - 1]
+    torch.testing.assert_close(p[0, row], want, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("k", [-2.0, 0.3, 3.0, 30.0])
 @pytest.mark.parametrize("t", [0.1, 0.5, 0.9])
 def test_exact_value_is_the_score_of_the_tilted_law(k, t):

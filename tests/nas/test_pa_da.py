@@ -247,6 +247,18 @@ def test_three_steps_by_hand():
     assert walk.norms == {"none": 0.0, "skip": 0.0, "conv3": 0.0} and walk.epoch == 1
 
 
+@pytest.mark.parametrize("each", [1, 3])
+def test_steps_and_epochs_are_counted(each):
+    net = cells()
+    walk = PathSampler(net, each=each, epochs=4, generator=rng())
+    seen = [(walk.count, walk.epoch)]
+    for _ in range(2 * each + 1):
+        walk(net)
+        seen.append((walk.count, walk.epoch))
+    # an epoch is closed when the first step after it begins
+    assert seen == [(n, max(n - 1, 0) // each) for n in range(2 * each + 2)]
+
+
 def test_two_kinds_with_weights_share_by_their_norms():
     net = mixed_sizes()
     walk = PathSampler(net, each=4, epochs=2, schedule=lambda v: 1.0)
@@ -496,6 +508,23 @@ def test_ranking_tells_tensors_of_equal_sum_apart():
     got = rank_paths(net, [(0,), (1,)], data)
     assert got[(1,)].nll == pytest.approx(evaluate(net, data, arch=(1,)).nll)
     assert got[(1,)].nll != pytest.approx(got[(0,)].nll)
+
+
+def test_ranking_takes_a_layer_that_is_given_whole_numbers():
+    class Ids(nn.Module):
+        def forward(self, x):
+            return x.long()
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = Supernet(nn.Sequential(
+            Ids(), nn.Embedding(7, 4), MixedOp({"as it is": nn.Identity(), "tanh": nn.Tanh()}),
+            nn.Flatten(), nn.Linear(20, 3),
+        ))  # fmt: skip
+    data = torch.arange(30).reshape(6, 5) % 7, torch.arange(6) % 3
+    got = rank_paths(net, [(0,), (1,)], data)
+    for arch, score in got.items():
+        assert score.nll == pytest.approx(evaluate(net, data, arch=arch).nll, abs=1e-12)
 
 
 def test_tau_of_a_ranking_is_that_of_its_order():

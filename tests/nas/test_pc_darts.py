@@ -369,3 +369,29 @@ def test_a_candidate_that_changes_the_channels():
     m.choice = torch.ones(1)
     with pytest.raises(ValueError, match=r"give \(2, 4, 4\), expected 2 of 8 channels"):
         m(X8)
+
+
+def test_an_error_of_a_candidate_that_is_not_about_size_comes_through():
+    class Broken(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("out of memory")
+
+    m = PartialMixed({"broken": Broken()}, 4)
+    m.choice = torch.ones(1)
+    with pytest.raises(RuntimeError, match="^out of memory$"):
+        m(X8)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: nn.Conv1d(8, 8, 1), id="convolution"),
+        pytest.param(lambda: nn.BatchNorm1d(8), id="normalisation"),
+        pytest.param(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 8)), id="linear"),
+    ],
+)
+def test_a_candidate_built_for_all_channels_is_named(make):
+    m = PartialMixed({"whole": make()}, 4)
+    m.choice = torch.ones(1)
+    with pytest.raises(ValueError, match="refuses 2 of 8 channels: with k=4 build it for 2"):
+        m(X8)

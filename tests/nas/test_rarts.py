@@ -103,6 +103,22 @@ def test_values_by_hand():
     assert solvable_path(0, xi=0.1).tolist() == [[2, -2]]
 
 
+@pytest.mark.parametrize(
+    "settings, row",
+    [
+        (dict(xi=0.0), 4.0),  # 1 and 4
+        (dict(xi=1.5), 8.0),  # 8 and 4
+        (dict(lam=1.0, beta=1.0), 6.0),  # 5, 6 and 3
+        (dict(lam=0.1, beta=5.0), 11.0),  # 1.4, 10.4 and 11
+        (dict(lam=0.1, beta=0.1), 1.4),  # 1.4, 0.6 and 1.2
+        (dict(lam=0.5, beta=0.5, pull=2.0), 5.0),  # 5, 3 and 2
+    ],
+)
+def test_the_rate_is_a_fifth_of_the_largest_row_sum(settings, row):
+    got, want = solvable_map(**settings), solvable_map(eta=0.2 / row, **settings)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-15)
+
+
 @pytest.mark.parametrize("xi", [0.0, 0.1, 0.5, 2.0])
 def test_unrolled_darts_is_that_of_500(xi):
     want = solvable_path(30, eta=0.05, xi=xi)

@@ -305,6 +305,30 @@ def test_sharpness_of_a_quadratic(rho):
     assert math.isclose(sharpness(net, (), rho, relative=True, loss=loss)[0], float(want))
 
 
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_weight_the_loss_does_not_see_changes_no_sharpness(relative):
+    net, _, _, loss = bowl()
+    alone = sharpness(net, (), relative=relative, loss=loss)
+    net.idle = nn.Parameter(torch.ones(3, dtype=F64))
+    assert sharpness(net, (), relative=relative, loss=loss) == alone
+    assert net.idle.eq(1).all()
+
+
+def test_what_the_loss_does_not_see_or_sees_straight_has_no_curvature():
+    net, A, _, loss = bowl()
+    want = hessian_top(net, (), iterations=500, loss=loss, generator=rng())
+    net.idle = nn.Parameter(torch.ones(3, dtype=F64))
+    for seen in (loss, lambda n, b: loss(n, b) + n.idle.sum()):
+        got = hessian_top(net, (), iterations=500, loss=seen, generator=rng())
+        assert math.isclose(got, want, rel_tol=1e-9)
+    assert hessian_top(net, (), loss=lambda n, b: n().sum() + n.idle.sum()) == 0.0
+    # of a supernet's path: the weights of others are not seen, nor is alpha
+    cells = Supernet(CellNet(CellSpace(), cells=1))
+    path = lambda n, b: F.cross_entropy(n(b[0], arch=(1,) * 6), b[1])
+    assert hessian_top(cells, (X[:16], Y[:16]), iterations=3, loss=path) != 0.0
+    assert hessian_top(cells, (X[:16], Y[:16]), "alpha", iterations=3, loss=path) == 0.0
+
+
 def test_no_direction_of_the_ball_rises_more_at_first_order():
     net, A, w, loss = bowl(5)
     rho = 1e-5

@@ -470,7 +470,7 @@ TWO = lambda: optimizer(0.1)
         (lambda: cosine_power(0, 10, 2, 10), "warmup=10: must be below total=10"),
         (lambda: cosine_power(-1, 10), "t=-1"),
         (lambda: cosine_power(0, 6, 2, 5, True), "two epochs after the warm-up"),
-        (lambda: CosinePower(TWO(), 0), "total=0"),
+        (lambda: CosinePower(TWO(), 0), "total=0: must be an integer of at least 1"),
         (lambda: CosinePower(TWO(), 1.5), "total=1.5"),
         (lambda: CosinePower(TWO(), 10, 0.5), "order=0.5"),
         (lambda: CosinePower(TWO(), 10, warmup=-1), "warmup=-1"),

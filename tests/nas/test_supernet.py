@@ -1,6 +1,7 @@
 """The space of cells, the mixed network, both orders of the gradient, and the shipped table."""
 
 import itertools
+import math
 import time
 from collections import Counter
 
@@ -18,6 +19,7 @@ from diffkit.nas.supernet import (
     Table,
     build_table,
     classification,
+    current_weights,
     evaluate,
     fair_paths,
     first_order,
@@ -247,6 +249,16 @@ def test_the_network_around_a_skip():
     torch.testing.assert_close(net(X[:20]), net.head(x))
 
 
+@pytest.mark.parametrize("length", [40, 10])
+def test_the_stem_halves_the_length_around_its_centre(length):
+    net = CellNet(SPACE, (0, 0, 0, 1, 0, 0), channels=2)
+    conv = net.stem[0]
+    torch.nn.init.constant_(conv.weight, 1.0)
+    impulses = torch.eye(length)[:, None]
+    near = (torch.arange(length)[:, None] - torch.arange(0, length, 2)).abs() <= 2
+    torch.testing.assert_close(conv(impulses), near[:, None].float().expand(-1, 2, -1))
+
+
 def test_the_steps_touch_what_is_theirs():
     net = Supernet(CellNet(SPACE))
     seen = {}
@@ -436,6 +448,33 @@ def test_any_module_with_alpha_can_be_searched():
     torch.manual_seed(0)
     got = search(Own(), batch(1000), batch(1000, 2000), epochs=3, arch_lr=0.05)
     assert got.arch == (0,)  # the other sees nothing
+
+
+def test_current_weights_of_a_module_with_alpha_and_of_a_supernet():
+    own = nn.Module()
+    own.alpha = nn.Parameter(torch.tensor([[0.0, 1.0, 2.0], [3.0, 3.0, 3.0]]).log1p())
+    want = torch.tensor([[1 / 6, 2 / 6, 3 / 6], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(current_weights(own), want)
+    net = Supernet(CellNet(SPACE), relax=lambda a: 2 * a)
+    assert torch.equal(current_weights(net), 2 * net.alpha)
+
+
+@pytest.mark.parametrize("epochs,n", [(1, 100), (4, 100), (12, 200)])
+def test_a_weight_that_sees_nothing_only_decays(epochs, n):
+    data = torch.zeros(n, 1, 40), torch.arange(n) % 10
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        start = CellNet(SPACE, (0, 0, 0, 1, 0, 0), 2).stem[0].weight.detach()
+    _, net = train_arch(
+        SPACE, (0, 0, 0, 1, 0, 0), 3, data=data, test=data, epochs=epochs, channels=2
+    )
+    # AdamW: each step takes 1e-3 of the rate, which is 0.06 times a rise and half a cosine
+    kept, steps = 1.0, epochs * n // 100
+    for i in range(steps):
+        rise = min(1.0, (i + 1) / max(1, steps * 15 // 100))
+        kept *= 1 - 1e-3 * 0.06 * rise * (1 + math.cos(math.pi * i / steps)) / 2
+    # single precision rounds once a step
+    torch.testing.assert_close(net.stem[0].weight.detach(), kept * start, rtol=2e-6, atol=0.0)
 
 
 @pytest.mark.parametrize(
