@@ -51,7 +51,7 @@ def frechet_gaussian(
     cross = torch.linalg.eigvalsh(r @ cov_b.double() @ r).clamp(min=0).sqrt().sum()
     return max(
         (
-            (mean_a - mean_b).double().square().sum()
+            (mean_a.double() - mean_b.double()).square().sum()
             + cov_a.double().trace()
             + cov_b.double().trace()
             - 2 * cross
@@ -143,7 +143,7 @@ def expected_error(x: torch.Tensor, y: torch.Tensor) -> float:  # (B, ...) each
         raise ValueError(
             f"x and y must be paired, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )
-    return (x - y).double().square().flatten(1).sum(1).mean().sqrt().item()
+    return (x.double() - y.double()).square().flatten(1).sum(1).mean().sqrt().item()
 
 # %% ../../nbs/core/006_metrics.ipynb #9b5c24ac
 def precision_recall(

@@ -20,6 +20,7 @@ from diffkit.core.adapters import (  # noqa: E402
     random_pipeline,
 )
 
+F64 = torch.float64
 SD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 TRAILING = SD | dict(timestep_spacing="trailing")
 FLOWS = {
@@ -449,3 +450,19 @@ def test_adapters_can_be_pickled():
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(again(x, 0.5).x0, d(x, 0.5).x0)
     pickle.loads(pickle.dumps(from_diffusers(sd3(), D.FlowMatchEulerDiscreteScheduler())))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+def test_a_list_of_noise_levels_may_end_with_its_zero(kind):
+    "As the `sigmas` of every scheduler of diffusers do, ours too."
+    s = DiffusersScheduler(dk.DDIM(), prediction_type=kind)
+    levels = [0.9, 0.5, 0.25] if kind == "flow_prediction" else [14.0, 2.0, 0.3]
+    s.set_timesteps(sigmas=levels)
+    want, fed, out = s.grid, s.timesteps, run(s, how=dict(sigmas=levels))
+    assert len(fed) == 3 and want[-1] == 0
+    torch.testing.assert_close(s.sigmas, torch.tensor([*levels, 0.0]), rtol=1e-6, atol=0)
+    for closed in ([*levels, 0], np.array([*levels, 0.0]), torch.tensor([*levels, 0.0], dtype=F64)):
+        assert torch.equal(run(s, how=dict(sigmas=closed)), out)
+        assert torch.equal(s.grid, want) and torch.equal(s.timesteps, fed)
+    s.set_timesteps(sigmas=s.sigmas)  # its own
+    torch.testing.assert_close(s.grid, want)

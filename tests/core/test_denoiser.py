@@ -1,6 +1,7 @@
 """Denoisers as users have them: conditions by row, models that are wrapped, cast or compiled, times
 and types, and what is no scale, condition or network."""
 
+import math
 import pickle
 import threading
 
@@ -445,3 +446,82 @@ def test_what_is_in_lists_and_dicts_starts_and_is_resampled_once(within):
         top.reindex(torch.tensor([5, 0, 1, 2, 3, 4]))
         assert members[0].asked.tolist() == [1] * 6
         assert members[1].asked.tolist() == [7, 2, 3, 4, 5, 6]
+
+
+KINDS_OF_TIMES = ["number", "tensor", "one a sample"]
+
+
+class Learned(dk.VP):  # its largest rate is to be learnt
+    def __init__(self, rate):
+        super().__init__()
+        self.beta_max = rate
+
+
+@pytest.mark.parametrize("t", [0.4, torch.tensor(0.4), torch.full((6,), 0.4)], ids=KINDS_OF_TIMES)
+def test_a_schedule_can_be_learnt_through_a_prediction(t):
+    rate = torch.tensor(20.0, dtype=torch.float64, requires_grad=True)
+    x, eps = X.double(), X.double().flip(0)
+    t = t.double() if isinstance(t, torch.Tensor) else t
+    dk.Prediction.of(x, t, Learned(rate), eps=eps).x0.sum().backward()
+
+    def x0(r):  # (x - sigma eps) / alpha
+        alpha = math.exp(-0.4 * (0.4 * (r - 0.1) / 4 + 0.1 / 2))
+        return ((x - math.sqrt(1 - alpha**2) * eps) / alpha).sum().item()
+
+    slope = (x0(20 + 1e-4) - x0(20 - 1e-4)) / 2e-4
+    assert rate.grad.item() == pytest.approx(slope, rel=1e-7)
+
+
+def test_coefficients_are_numbers_where_the_time_is_one():
+    of = lambda t: dk.Prediction.of(X, t, dk.Flow(), eps=X)
+    assert isinstance(of(0.25).alpha, float) and of(0.25).alpha == 0.75
+    for t in (torch.tensor(0.25), torch.full((6,), 0.25)):
+        # of tensors they stay tensors, whose values are not read
+        p = of(t.to("meta") if t.ndim == 0 else t)
+        assert isinstance(p.alpha, torch.Tensor) and isinstance(p.sigma, torch.Tensor)
+    assert of(torch.full((6,), 0.25)).alpha.shape == (6, 1)
+
+
+@pytest.mark.parametrize("name", ["nothing", "asked"])
+def test_what_neither_a_denoiser_nor_its_run_has_is_named_with_its_class(name):
+    d = net()
+    for _ in range(2):
+        with pytest.raises(AttributeError, match=f"NetDenoiser.* has no attribute '{name}'"):
+            getattr(d, name)
+        run(d)
+
+
+@pytest.mark.parametrize(
+    "of", [float, torch.tensor, lambda t: torch.full((6,), t)], ids=KINDS_OF_TIMES
+)
+def test_classifier_guidance_acts_within_its_interval_only(of):
+    d, asked = dk.MixtureDenoiser(dk.ring(), dk.VP()), []
+    x = X[:, :2].double()
+
+    def log_prob(y, t):
+        asked.append(t)
+        return (3 * y[:, 0] - y[:, 1]).clone()
+
+    g = dk.classifier_guidance(d, log_prob, 0.7, interval=(0.2, 0.6))
+    for t in (0.1, 0.7):
+        assert torch.equal(g(x, of(t)).x0, d(x, of(t)).x0) and not asked
+    for t in (0.3, 0.5):
+        push = torch.tensor([3.0, -1.0], dtype=torch.float64)
+        want = d(x, of(t)).score + 0.7 * push
+        tol = dict(rtol=1e-5, atol=1e-5) if of is not float else {}  # times in float32
+        torch.testing.assert_close(g(x, of(t)).score, want, **tol)
+    assert len(asked) == 2
+    off = dk.classifier_guidance(d, log_prob, 0.0)
+    assert torch.equal(off(x, of(0.5)).x0, d(x, of(0.5)).x0) and len(asked) == 2
+
+
+def test_classifier_guidance_starts_at_pure_noise():
+    "Where the state says nothing of the data, the noise does not say what the data are."
+    d = dk.MixtureDenoiser(dk.ring(), dk.Flow())
+    x = X[:, :2].double()
+    g = dk.classifier_guidance(d, lambda y, t: y[:, 0], 0.5)
+    assert torch.equal(g(x, 1.0).x0, d(x, 1.0).x0)
+    grid = torch.tensor([1.0, 0.8, 0.6], dtype=torch.float64)
+    first = dk.sample(d, dk.DDIM(), x, grid[:2], progress=False)
+    want = dk.sample(g, dk.DDIM(), first, grid[1:], progress=False)
+    assert torch.equal(dk.sample(g, dk.DDIM(), x, grid, progress=False), want)

@@ -1,9 +1,20 @@
 """Networks: shapes, conditioning, equivariance, learning, errors."""
 
+import math
+
 import pytest
 import torch
 from diffkit.core.denoiser import NetDenoiser, cfg
-from diffkit.core.nets import MLP, DiT, SelfAttention, Stacked, UNet
+from diffkit.core.nets import (
+    MLP,
+    DiT,
+    DiTBlock,
+    FourierEmbedding,
+    ResBlock,
+    SelfAttention,
+    Stacked,
+    UNet,
+)
 from diffkit.core.process import VP
 from torch import nn
 
@@ -216,3 +227,89 @@ def test_times_are_looked_at_only_where_that_is_allowed():
     torch.testing.assert_close(torch.func.vmap(VP().alpha)(t), VP().alpha(t))
     with pytest.raises(ValueError, match="must lie in"):
         VP().alpha(t + 0.1)
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0.5, 100.0), (0.1, 2.0), (2.0, 3.0)])
+@pytest.mark.parametrize("dim", [4, 10])
+def test_frequencies_are_geometric_from_the_lowest_to_the_highest(dim, lowest, highest):
+    half, t = dim // 2, torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
+    freqs = [lowest * (highest / lowest) ** (k / (half - 1)) for k in range(half)]
+    want = torch.tensor(
+        [[f(w * u) for f in (math.sin, math.cos) for w in freqs] for u in t.tolist()]
+    )
+    # the frequencies are kept in single precision
+    got = FourierEmbedding(dim, lowest, highest)(t)
+    torch.testing.assert_close(got, want.double(), rtol=0, atol=1e-4)
+
+
+# A conditioning (scale, shift) takes features h to h (1 + scale) + shift: with the scale -1 nothing
+# of them is left but the shift, and what follows can be written down.
+def says(linear, *parts):
+    "Let a conditioning say the same whatever the time is: numbers, or vectors, one a part."
+    n = linear.out_features // len(parts)
+    with torch.no_grad():
+        linear.weight.zero_()
+        linear.bias.copy_(torch.cat([torch.as_tensor(p).expand(n) for p in parts]))
+
+
+def test_a_residual_block_is_scaled_and_shifted():
+    g = torch.Generator().manual_seed(0)
+    block = shaken(ResBlock(4, 4, 6)).double()
+    h, c = (torch.randn(*s, generator=g, dtype=torch.float64) for s in ((2, 4, 5, 5), (2, 6)))
+    shift = torch.randn(4, generator=g, dtype=torch.float64)
+    said = lambda v: h + block.conv2(block.act(v))
+    says(block.cond, -1.0, shift)
+    torch.testing.assert_close(block(h, c), said(shift[:, None, None].expand_as(h)))
+    normed = block.norm2(block.conv1(block.act(block.norm1(h))))
+    for scale in (0.0, 1.0, -0.5):
+        says(block.cond, scale, shift)
+        want = said((1 + scale) * normed + shift[:, None, None])
+        torch.testing.assert_close(block(h, c), want)
+
+
+def test_a_transformer_block_is_scaled_shifted_and_gated():
+    g = torch.Generator().manual_seed(0)
+    block, r = shaken(DiTBlock(8, 2)).double(), lambda *s: torch.randn(*s, generator=g).double()
+    h, c, b1, b2 = r(2, 5, 8), r(2, 8), r(8), r(8)
+    att = block.attn.to_out(block.attn.to_v(b1))  # equal tokens attend to what they all are
+    for g1, g2 in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (-0.5, 2.0)):
+        says(block.mod[1], b1, -1.0, g1, b2, -1.0, g2)
+        torch.testing.assert_close(block(h, c), h + g1 * att + g2 * block.mlp(b2))
+    norm = lambda v: (v - v.mean(-1, True)) / (v.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    for scale in (0.0, 1.0, -0.5):
+        says(block.mod[1], b1, scale, 1.0, 0.0, 0.0, 0.0)
+        torch.testing.assert_close(block(h, c), h + block.attn(norm(h) * (1 + scale) + b1))
+        says(block.mod[1], 0.0, 0.0, 0.0, b2, scale, 1.0)
+        torch.testing.assert_close(block(h, c), h + block.mlp(norm(h) * (1 + scale) + b2))
+
+
+def test_the_last_tokens_of_a_transformer_are_scaled_and_shifted():
+    g = torch.Generator().manual_seed(0)
+    net = shaken(DiT(2, width=8, depth=1, patch=2, heads=2, out=3)).double()
+    x = torch.randn(2, 2, 4, 6, generator=g).double()
+    shift = torch.randn(8, generator=g).double()
+    says(net.mod[1], shift, -1.0)
+    patch = net.head(shift).reshape(3, 2, 2)  # the same one everywhere
+    torch.testing.assert_close(net(x, 0.5), patch.repeat(1, 2, 3).expand(2, -1, -1, -1))
+    outs = []
+    for scale in (-1.0, 0.0, 1.0, -0.5):
+        says(net.mod[1], shift, scale)
+        outs.append(net(x, 0.5) - patch.repeat(1, 2, 3))
+    torch.testing.assert_close(outs[2], 2 * outs[1])
+    torch.testing.assert_close(outs[3], 0.5 * outs[1])
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda **kw: MLP(**{"dim": 2, **kw}), ("dim", "hidden", "depth")),
+        (UNet, ("channels", "width", "blocks")),
+        (DiT, ("channels", "width", "depth", "patch")),
+    ],
+    ids=["mlp", "unet", "dit"],
+)
+def test_sizes_below_one_are_refused_by_name(make, names, bad):
+    for name in names:
+        with pytest.raises(ValueError, match=f"^{name}={bad}: must be at least 1$"):
+            make(**{name: bad})

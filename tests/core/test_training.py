@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import tqdm.auto
 from diffkit.core import training
 from diffkit.core.denoiser import NetDenoiser
 from diffkit.core.nets import MLP
@@ -840,3 +841,68 @@ def test_descend_is_one_step_of_the_optimizer():
     loss = w.square().sum()
     assert descend(opt, loss) is loss
     assert w.tolist() == [1.0, -0.5]  # w - 0.25 * 2 w
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.AdamW(p, 0.1), lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1)],
+    ids=["AdamW", "SGD"],
+)
+@pytest.mark.parametrize("own", [False, True], ids=["loss", "step"])
+def test_gradients_from_before_a_run_play_no_part_in_it(make, own):
+    "What the loss does not use stays as it is: its optimizer sees no gradient, not one of zero."
+
+    def go(stale):
+        model = nn.ModuleDict(dict(used=linear(), idle=linear()))
+        for p in model.parameters():
+            p.grad = torch.full_like(p, stale) if stale else None
+        opt = make(model.parameters())
+
+        def step(m, batch):
+            value = mse(m["used"], batch)
+            value.backward()
+            opt.step()
+            opt.zero_grad()
+            return value.detach()
+
+        ask = dict(step=step) if own else dict(loss=lambda m, b: mse(m["used"], b))
+        run = fit(model, data=(X, Y), steps=3, optimizer=opt, **ask, **QUIET)
+        assert all(p.grad is None for p in model.parameters())  # nor are any left
+        return run.losses, model
+
+    (losses, clean), (again, soiled) = go(None), go(1e3)
+    assert torch.equal(losses, again) and same(clean, soiled)
+    assert same(soiled["idle"], linear()) and not same(soiled["used"], linear())
+
+
+def test_the_bar_is_closed_whatever_becomes_of_the_run(monkeypatch):
+    bars = []
+
+    class Bar(tqdm.auto.tqdm):
+        ends = 0
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            bars.append(self)
+
+        def close(self):
+            self.ends += 1
+            super().close()
+
+    monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
+    fit(linear(), mse, (X, Y), 3, seed=5)
+    with pytest.raises(ZeroDivisionError):
+        fit(linear(), lambda m, b: 1 / 0, (X, Y), 3, seed=5)
+    assert [b.ends for b in bars] == [1, 1]
+
+
+def test_a_step_that_clears_no_gradients_leaves_none_behind():
+    def step(m, batch):
+        value = mse(m, batch)
+        value.backward()
+        return value.detach()
+
+    model = linear()
+    opt = torch.optim.SGD(model.parameters(), 0.1)
+    fit(model, data=(X, Y), steps=2, step=step, optimizer=opt, **QUIET)
+    assert all(p.grad is None for p in model.parameters())
