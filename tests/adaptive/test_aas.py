@@ -124,6 +124,27 @@ def test_flow_starts_uniform(dim):
     assert (flow.log_prob(x) + dim * math.log(4)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("dim", [2, 3, 4, 7])
+def test_couplings_in_pairs_change_every_coordinate_once(dim):
+    masks = BoxFlow(Domain(dim), couplings=4, hidden=2, bins=2).masks  # True: given
+    for first, second in (masks[:2], masks[2:]):
+        assert torch.equal(first, ~second)
+        assert int(first.sum()) == math.ceil(dim / 2)  # the larger half is given first
+    assert len(BoxFlow(Domain(1), couplings=4).masks) == 0  # no others to depend on
+
+
+def test_sizes_of_the_flow_are_checked():
+    for name, bad in (("bins", 1), ("bins", 2.5), ("hidden", 0), ("couplings", -1)):
+        with pytest.raises(ValueError, match=f"{name}={bad}"):
+            BoxFlow(Domain(2), **{name: bad})
+
+
+def test_every_side_of_a_box_has_a_length():
+    for lo, hi in (([0, 1], [1, 1]), ([2, 0], [1, 1]), (1, 1)):
+        with pytest.raises(ValueError, match="lo=.*: must be below hi="):
+            Domain(2, lo, hi)
+
+
 def test_flow_is_a_density():
     flow = shaken(Domain(2, [0, -1], [2, 5]))
     t = torch.tensor(cells(300), dtype=torch.float32)

@@ -189,6 +189,14 @@ def test_coordinates():
     assert norm_test(one, coordinate=0.7, debias=True) == pytest.approx(norm_test(one, debias=True))
 
 
+def test_squares_of_single_precision_are_summed_in_double():
+    # 2^25 + 1 has no place in single precision
+    m2, one = torch.tensor([2.0**25, 1.0]), torch.tensor([1.0, 0.0])
+    assert norm_test(Stats(2, one, m2, 1), 1.0) == 2**25 + 1
+    g = torch.tensor([2.0**13, 1.0])  # |g|^2 = 2^26 + 1
+    assert norm_test(Stats(2, g, m2, 1), 1.0) == (2**25 + 1) / (2**26 + 1)
+
+
 def test_without_replacement_is_the_exact_variance():
     n, eta = 60, 0.3
     a = normal(n, 3, seed=6)
@@ -747,3 +755,9 @@ def test_the_bed_with_the_exact_test_takes_the_batches_of_the_test():
     assert (first != adadagrad_bed(0.5, 3, 3, budget=3000, lr=0.5)[0]).all()
     bounded = adadagrad_bed(0.1, 5, 4, budget=5000, growth=2.0)[2]
     assert (bounded[1:] <= 2 * bounded[:-1] + 1).all()
+
+
+@pytest.mark.parametrize("distance", [0.25, 4.0, 9.0])
+def test_the_bed_starts_at_its_distance(distance):
+    d, steps, sizes = adadagrad_bed(1.0, 3, budget=1, distance=distance)  # not one batch of 2
+    assert d.tolist() == [distance] * 3 and steps.tolist() == [0] * 3 and len(sizes) == 0

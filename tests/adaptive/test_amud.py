@@ -214,6 +214,14 @@ def test_samples_of_a_hub_graph():
     assert fast(star, np.arange(20001) % 2, sample=100).joined["AAt"] > 0.97
 
 
+def test_a_sample_of_all_but_one_leaves_one_node_out():
+    g, y = dsbm([5, 5], [[0.5, 0.2], [0.3, 0.5]], 3)
+    without = [fast(g, y, mask=np.arange(10) != k) for k in range(10)]
+    for seed in range(5):
+        assert fast(g, y, sample=9, seed=seed) in without
+    assert fast(g, y, sample=10) == fast(g, y)
+
+
 def test_path_counts():
     one = np.eye(3)[Y]
     got = path_counts(A, Y)
@@ -565,6 +573,11 @@ def test_bed_knows_its_oracle():
     assert "turned" not in one and set(one) | {"turned"} == set(got)
     # with half of the labels the test by turned edges decides as the oracle does
     np.testing.assert_array_equal(got["turned"], got["oracle"])
+
+
+def test_bed_counts_what_a_trained_network_gets_wrong():
+    got = amud_bed([0], labelled=0.5, extra=0.3, steps=10)  # classes that are easy to see
+    assert got["directed"][0] < 0.1 and got["undirected"][0] < 0.3  # by chance 0.75
 
 
 def test_on_a_model_that_is_not_ours():

@@ -186,6 +186,16 @@ def test_the_gap_is_between_the_steering_and_the_oracle():
     assert g.mixture == pytest.approx(float(nll_loss(mixed.detach().log(), y)))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_best_head_of_the_gap_is_found_by_trying_all(seed):
+    m = ready(seed=seed)
+    x, y = data(seed=9)[0]
+    each = [float(nll_loss(p.log(), y)) for p in m.probs(m.features(x)).detach()]
+    g = adaptivity_gap(m, x, y)
+    assert g.head == pytest.approx(min(each[:-1])) and g.which == each.index(min(each[:-1]))
+    assert g.joint == pytest.approx(each[-1])  # never a candidate
+
+
 # --- training
 
 

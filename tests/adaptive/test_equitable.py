@@ -3,6 +3,7 @@ scipy and known curves; the collector's books, strategies and stops; the beds; e
 
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -57,6 +58,9 @@ def test_a_power_law_its_slope_and_its_inverse():
     np.testing.assert_allclose(f.slope(n), by_difference, rtol=1e-6)
     np.testing.assert_allclose(f.inverse(f(n)), n)
     assert np.isinf(f.inverse([0.2, 0.1])).all() and np.isinf(f(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # infinite is an answer, not an accident
+        assert np.isinf(f.inverse(0.2)) and np.isinf(f(0))
     flat = PowerLaw(0.5, 0.0, 1.0)
     assert flat(0) == flat(9) == 0.5 and flat.slope(4) == 0
 
@@ -245,6 +249,49 @@ def test_bands_shrink_with_the_square_root_of_the_points():
     a, b = (fit_curve(n, THREE[1](n) * np.exp(sides(n))).sd(150.0) for n in (few, lot))
     # 16 times the points; the noise is divided by N - 3
     assert a / b == pytest.approx(4 * math.sqrt(16 / 13 * 253 / 256), rel=0.05)
+
+
+@pytest.mark.parametrize("n", [[60, 120, 240, 480, 960], [400, 430, 460, 490, 520]])
+def test_the_covariance_is_that_of_gauss_newton_with_wide_priors(n):
+    n, w = np.repeat(np.array(n, float), 2), np.tile([0.5, 1.5], 5)
+    y = THREE[2](n) * np.exp(0.02 * rng(11).standard_normal(10))
+    got = fit_curve(n, y, weights=w)
+    f, fall = got.curve, got.curve.b * n**-got.curve.rho
+    assert got.noise**2 == pytest.approx((w * np.log(f(n) / y) ** 2).sum() / 7, rel=1e-6)
+    J = np.stack([f.a + 0 * n, fall, -fall * np.log(n)], 1) / f(n)[:, None]
+    # standard deviations 3, 10 and 1 of log a, of log b at the middle size, and of rho
+    middle = np.array([[1, 0, 0], [0, 1, -np.log(n).mean()], [0, 0, 1]])
+    prior = middle.T @ np.diag([1 / 9, 1 / 100, 1]) @ middle
+    want = np.linalg.inv((J.T * w) @ J / got.noise**2 + prior)
+    np.testing.assert_allclose(got.cov, want, rtol=1e-5)
+
+
+def test_a_prior_weighs_against_the_noise_of_the_data():
+    # steeper than allowed: a = 0 and rho = 0.8, and only b is left to find
+    n = np.array([50.0, 100, 150, 200, 300, 400])
+    y, x = 3 / n, n**-0.8
+    b = (x / y).sum() / ((x / y) ** 2).sum()  # the least relative squares
+    noise2 = ((b * x / y - 1) ** 2).sum() / (len(n) - 3)
+    for mean, sd in ((0.5, 0.1), (0.5, 1.0), (1.0, 0.1)):
+        f = fit_curve(n, y, prior={"log_b": (mean, sd)}, bounds=(0.1, 0.8)).curve
+        want = (np.log(y / x).sum() / noise2 + mean / sd**2) / (len(n) / noise2 + 1 / sd**2)
+        assert f.rho == pytest.approx(0.8, abs=1e-6) and f.a < 1e-4 * y.min()
+        assert math.log(f.b) == pytest.approx(want, abs=1e-4)  # a is not quite 0
+
+
+def test_the_bootstrap_draws_residuals_without_mean_as_wide_as_the_noise():
+    n = np.repeat([60.0, 120, 240], 2)
+    got, seen = fit_curve(n, THREE[1](n) * np.exp([0.1, -0.1, 0.05, 0.02, -0.1, 0.0])), []
+
+    class Keep:
+        def choice(self, values, count):
+            seen.append(values)
+            return values
+
+    assert len(got.bootstrap(Keep(), 2)) == 2 == len(seen) and len(seen[0]) == 6
+    rest = np.log(got.loss / got(n))
+    # three of six degrees of freedom are left
+    np.testing.assert_allclose(seen[0], math.sqrt(2) * (rest - rest.mean()), rtol=1e-9)
 
 
 def test_prior_and_flat_curves():

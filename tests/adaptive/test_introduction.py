@@ -67,6 +67,17 @@ def test_share_signs_and_one_number():
     assert math.isnan(share_of_gain(b, m, b).share)  # nothing to win: no share
 
 
+def test_share_without_a_clear_gain_has_no_bounds():
+    everything = (-math.inf, math.inf)
+    unclear = share_of_gain([0.0, 0, 0], [-1.0, 0, -1], [-5.0, 4, -2])  # 1 +- 3 to be won
+    assert (unclear.share, unclear.interval) == (pytest.approx(2 / 3), everything)
+    lost = share_of_gain([0.0, 0, 0], [-1.0, 0, -1], [1.0, 1.1, 0.9])  # the oracle is worse
+    assert math.isnan(lost.share) and lost.interval == everything
+    assert lost.possible == pytest.approx(-1)
+    clear = share_of_gain([0.0, 0, 0], [-1.0, 0, -1], [-1.0, -1.1, -0.9])
+    assert all(map(math.isfinite, clear.interval))
+
+
 @pytest.mark.parametrize(
     "call, says",
     [
@@ -109,6 +120,14 @@ def test_risk_of_least_squares_against_draws():
         errors.append(((v - w) ** 2).sum())
     want = restricted_risk(0.25, 0.49, 2, 12)
     assert abs(np.mean(errors) - want) < 4 * np.std(errors) / 3000**0.5
+
+
+@pytest.mark.parametrize("dim", [0, 1, 5])
+def test_risk_of_least_squares_needs_two_rows_more_than_unknowns(dim):
+    assert restricted_risk(2.0, 1.0, dim, dim + 2) == 1 + 3 * dim  # n - dim - 1 = 1
+    for n in (dim, dim + 1):
+        with pytest.raises(ValueError, match=rf"n={n}: must be above dim \+ 1 = {dim + 1},"):
+            restricted_risk(2.0, 1.0, dim, n)
 
 
 def test_best_of_many_grows_like_the_square_root_of_a_logarithm():

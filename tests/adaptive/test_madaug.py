@@ -595,6 +595,23 @@ def test_the_bed_of_digits():
         np.testing.assert_allclose(bed.overall(by_class[arm]), right[:, a], atol=1e-6)
 
 
+@pytest.mark.parametrize("arms", [1, 2])
+def test_the_networks_of_the_bed_stand_apart(arms):
+    bed = AugmentBed([3, 4, 5], {"turn": OPS["rotate"]}, labelled=40, hidden=8)
+    net, _ = bed._nets(arms)
+    x = torch.randn(7, 3 * arms, 1, 8, 8, generator=rng(1))
+    with torch.no_grad():
+        got = net(x.flatten(0, 1)).unflatten(0, (7, 3 * arms))
+        features = net.features(x.flatten(0, 1)).unflatten(0, (7, 3 * arms))
+        for k in range(3 * arms):  # the rows of a picture: one for each network, in turn
+            h = x[:, k].flatten(1)
+            for i in range(3):
+                h = (h.relu() if i else h) @ net.w[i][k] + net.b[i][k]
+                if i == 1:
+                    assert_close(features[:, k], h.relu(), atol=1e-5, rtol=1e-5)
+            assert_close(got[:, k], h, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("relax,pictures", [("images", 1), ("losses", 6)])
 def test_the_bed_counts_passes(relax, pictures):
     bed = AugmentBed([0], {"turn": Op(lambda x, v: x.flip(2, 3))}, labelled=40, hidden=8)

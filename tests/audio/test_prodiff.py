@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
+from scipy.signal import resample_poly
 from torch import nn
 from torch.testing import assert_close
 
+from diffkit.audio import prodiff
 from diffkit.audio.prodiff import (
     SPEECH,
     VOICES,
@@ -40,6 +42,7 @@ from diffkit.audio.prodiff import (
     two_step_target,
     vpsde_betas,
 )
+from diffkit.audio.signal import log_mel
 from diffkit.core.data import GaussianMixture, four_gaussians
 from diffkit.core.denoiser import MixtureDenoiser, NetDenoiser, Prediction, cfg
 from diffkit.core.process import EDM, VE, VP, Cosine, Discrete, Flow
@@ -738,6 +741,15 @@ def test_durations_are_learned_without_touching_the_encoder():
     assert d.dtype == torch.int64 and d[0, 2] == 0 and (d[0, :2] >= 1).all()
 
 
+def test_predicted_durations_are_rounded_and_at_least_one_frame():
+    net, ids = tiny(), torch.tensor([[1, 2, 0]])
+    with torch.no_grad():
+        net.duration[-1].weight.zero_()
+        for frames, want in ((1e-4, 1), (0.4, 1), (1.4, 1), (1.6, 2), (7.2, 7)):
+            net.duration[-1].bias.fill_(math.log(frames))
+            assert net.predict_durations(ids).tolist() == [[want, want, 0]]
+
+
 def test_training_loss_by_hand():
     p = Discrete(vpsde_betas(4, b1=10.0))
     batch = dict(x0=rand(8, 5, 6, dtype=torch.float32), ids=torch.tensor([[1, 2]] * 8),
@@ -857,6 +869,63 @@ def test_rendering(tmp_path):
     assert all(w in speech().lexicon for w in WORDS)
 
 
+def hum(texts, voices, pitch, rate):  # in place of eSpeak: two or three hums a word, then silence
+    out = []
+    for text, voice in zip(texts, voices):
+        names, starts, loud, at = [], [], [], 0.0
+        for w in text.split():
+            if names:  # a pause between words
+                names, starts, loud, at = [*names, ""], [*starts, at], [*loud, 0.0], at + 0.03
+            for k in ["f", "oː", "ɹ"] if w == "four" else [w[0], w[1:]]:
+                names, starts = [*names, k], [*starts, at]
+                loud, at = [*loud, 0.1 + 0.02 * len(k)], at + 0.04 + 0.003 * WORDS.index(w)
+        names, starts, loud = [*names, "", ""], [*starts, at, at + 0.1], [*loud, 0.0, 0.0]
+        t = torch.arange(int((at + 0.2) * 22050), dtype=torch.float64) / 22050
+        which = torch.searchsorted(torch.tensor(starts).double(), t, right=True) - 1
+        f = 110 + 30 * VOICES.index(voice)
+        x = sum(torch.sin(2 * math.pi * k * f * t) / k for k in range(1, 9))
+        out.append(prodiff.Spoken((torch.tensor(loud)[which] * x).float(), names, starts))
+    return out
+
+
+def test_a_table_of_phrases_holds_what_was_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(prodiff, "render_phrases", hum)
+    build_speech(tmp_path / "a.npz", 8, 2, frames=50)
+    with np.load(tmp_path / "a.npz") as f:
+        names, (scale, middle, mean, sd), every = f["names"].tolist(), f["scale"], []
+        top = -math.inf
+        for split in ("train", "test"):
+            frames = f[f"{split}_durations"].astype(int)
+            parts = np.split(f[f"{split}_mel"], frames.sum(1).cumsum()[:-1])
+            for i, words in enumerate(f[f"{split}_words"]):
+                voice = f[f"{split}_voice"][i]
+                said = hum([" ".join(WORDS[w] for w in words if w >= 0)], [VOICES[voice]], 0, 0)[0]
+                want, at = said.phonemes[:-1], said.starts[:-1]  # one silence is kept
+                end = at[-1] + 0.04
+                two = [j for j, k in enumerate(want) if k == "ɹ"]  # "oː" and "ɹ" are one phoneme
+                at = [s for j, s in enumerate(at) if j not in two]
+                want = ["oːɹ" if k == "oː" else k for j, k in enumerate(want) if j not in two]
+                assert [names[k - 1] for k in f[f"{split}_ids"][i] if k] == want
+                x = resample_poly(said.audio[: int(end * 22050)].double().numpy(), 320, 441)
+                mel = log_mel(torch.from_numpy(x).float(), SPEECH).T.numpy()
+                # a frame belongs to the phoneme that sounds at its centre
+                time = np.arange(len(mel)) * SPEECH.hop / SPEECH.sr
+                count = [((time >= a) & (time < b)).sum() for a, b in zip(at, [*at[1:], math.inf])]
+                assert frames[i, : len(count)].tolist() == count and frames[i].sum() == len(mel)
+                got = parts[i].cumsum(0, dtype=np.int8) * scale + middle
+                assert abs(got - mel).max() < 0.5 * scale + 1e-5  # half a step of 8 bits
+                assert f[f"{split}_pitch"][i] == pytest.approx(110 + 30 * voice, rel=0.01)
+                top = max(top, mel.max())
+                every += [mel] if split == "train" else []
+        low = np.concatenate(every).min()  # from it to the top are all steps of 8 bits but one
+        assert scale == pytest.approx((top - low) / 254)
+        assert middle == pytest.approx((top + low) / 2)
+        assert mean == pytest.approx(np.concatenate(every).mean(), abs=1e-5)
+        assert sd == pytest.approx(np.concatenate(every).std(), rel=1e-3)
+    with pytest.raises(ValueError, match="frames=9: must be at least"):
+        build_speech(tmp_path / "b.npz", 8, 2, frames=9)
+
+
 def test_shipped_models_know_the_words():
     d = speech("test").take(torch.arange(0, 96, 8))
     cond = dict(ids=d.ids, durations=d.durations)
@@ -877,6 +946,21 @@ def test_shipped_models_know_the_words():
     assert float((guess - d.durations).abs().float().mean()) < 1.0  # frames
     with pytest.raises(ValueError, match="predicts='v'"):
         speech_model("v")
+
+
+@pytest.mark.parametrize("predicts,steps", [("x0", 4), ("eps", 100)])
+def test_training_asks_at_the_steps_of_the_process(monkeypatch, predicts, steps):
+    class Enough(Exception):
+        pass
+
+    def look(model, batch, times, loss):
+        assert model.process == Discrete(vpsde_betas(steps, b1=10.0))
+        assert torch.equal(times, torch.linspace(1, 0, steps + 1, dtype=F64))
+        raise Enough
+
+    monkeypatch.setattr(prodiff, "tts_loss", look)
+    with pytest.raises(Enough):
+        train_speech(predicts, 1, progress=False)
 
 
 def test_training_is_repeatable_and_can_be_stored(tmp_path):

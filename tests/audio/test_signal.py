@@ -307,6 +307,15 @@ def test_yin_takes_the_first_dip():
     assert_close(low, torch.full((170,), 110.0).double(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("low, high", [(150.0, 400.0), (300.0, 2000.0), (1000.0, 1100.0)])
+def test_yin_stays_in_its_range(low, high):
+    sounds = [sine(f)[:4000] for f in (31.0, 90.0, 140.0, 290.0, 470.0, 1300.0)]
+    f0 = yin(torch.stack([*sounds, *rand(2, 4000)]), SR, 100, low, high).f0
+    # the lags are quarters of a sample; a parabola may go one of them beyond the last
+    longest, shortest = math.ceil(4 * SR / low) + 1, math.floor(4 * SR / high) - 1
+    assert (f0 >= 4 * SR / longest).all() and (f0 <= 4 * SR / shortest).all()
+
+
 # ---------------------------------------------------------------- back to sound
 
 
@@ -451,6 +460,7 @@ BAD = {
     "empty bands": (lambda: mel_filterbank(128, 256, 16000), "bins=128: filter .* larger fft"),
     "norm": (lambda: mel_filterbank(40, 512, 16000, norm="slany"), "did you mean 'slaney'"),
     "window": (lambda: MelSpec(win=2048), "win=2048.*1024"),
+    "transform": (lambda: MelSpec(fft=1, win=1), "fft=1: must be"),
     "log": (lambda: MelSpec(log="log2"), "log='log2'"),
     "floor": (lambda: MelSpec(floor=0.0), "floor=0.0"),
     "mel rate": (lambda: log_mel(X, MelSpec(), 16000), "sr=16000.*sr=22050"),

