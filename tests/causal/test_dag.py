@@ -4,6 +4,7 @@ import contextlib
 import io
 import itertools
 import logging
+import warnings
 
 import numpy as np
 import pytest
@@ -36,6 +37,7 @@ from diffkit.causal.dag import (
     to_dag,
     topological_order,
     varsortability,
+    warn_table,
 )
 
 
@@ -341,3 +343,17 @@ def test_whole_numbers_are_numbers():
     ]
     assert all(np.array_equal(m.W, made[0].W) for m in made)
     assert np.isfinite(made[0].W).all()
+
+
+def test_a_covariance_with_a_constant_node_is_refused():
+    for use in (lambda C: varsortability(C, np.zeros((3, 3))), dagma):
+        with pytest.raises(ValueError, match="zero variance at node 1"):
+            use(np.diag([1.0, 0.0, 2.0]))
+
+
+def test_one_column_has_no_units_to_compare():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_table(torch.eye(1), torch.zeros(1, 1), 100)
+    with pytest.warns(UserWarning, match="all columns have the same variance"):
+        warn_table(torch.eye(2), torch.zeros(2, 2), 100)

@@ -250,6 +250,9 @@ def test_fit_is_reproducible_and_gradients_flow():
             (ILD(LeakyLinear(3), LatentSCM(3, 2, 1, generator=0)), X, d),
         )
     ]
+    start = ILD(LeakyLinear(3), LatentSCM(3, 2, 1, generator=0))
+    each = torch.stack([start.log_prob(X[d == k], k).mean() for k in (0, 1)])
+    assert_close(full[1][0], -each.mean().detach())  # domains of one size: nats a sample
     assert_close(full[0], full[1], rtol=1e-3, atol=1e-3)  # the order of the rows does not matter
     x = X[:5].clone().requires_grad_()
     a.counterfactual(x, 0, 1).sum().backward()

@@ -638,8 +638,9 @@ def test_registration():
     w = shake(Wrong()).double()
     with pytest.raises(ValueError, match="register_attention"), perturb_attention(w):
         w(h)
-    with pytest.raises(TypeError, match="class"):
-        register_attention(m, lambda m, x: x)
+    for bad in (m, int, "Attention", None):
+        with pytest.raises(TypeError, match="cls must be a class of modules, got"):
+            register_attention(bad, lambda m, x: x)
     with pytest.raises(TypeError, match="function"):
         register_attention(Fused, 3)
 
